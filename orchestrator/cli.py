@@ -1,0 +1,299 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from orchestrator.errors import InputError, OrchardistError, WorkersUnusable
+
+if TYPE_CHECKING:
+    from orchestrator.front import Front
+    from orchestrator.study import Study
+
+app = typer.Typer(
+    name="orchardist",
+    help="Prune many neural networks side by side, and take home the ones worth keeping.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Format(StrEnum):
+    """How results are printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="the study file (TOML)")]
+StudyName = Annotated[str, typer.Argument(metavar="STUDY|NAME", help="a study file, or the name of a study in the store")]
+StoreUrl = Annotated[
+    str, typer.Option("--store", metavar="URL", envvar="ORCHARDIST_STORE", help="a folder or any fsspec URL")
+]
+Formatted = Annotated[Format, typer.Option("--format", help="json prints one document on stdout, nothing else")]
+Where = Annotated[list[str], typer.Option("--where", metavar="BOUND", help='such as "accuracy >= 0.95"; repeatable')]
+Minimise = Annotated[str | None, typer.Option("--minimise", metavar="MEASURE", help="then the best one by this measure")]
+DEFAULT_STORE = "./orchard"
+
+
+@app.command()
+def run(
+    study: StudyFile,
+    store: StoreUrl = DEFAULT_STORE,
+    workers: Annotated[int | None, typer.Option(min=1, help="worker processes; default: as many as there is room for")] = None,
+    address: Annotated[str | None, typer.Option(help="join a running Ray cluster from one of its nodes")] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="share of a GPU for each worker; 0 forces the CPU")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="run in this process, without Ray")] = False,
+    accept_task_change: Annotated[
+        bool, typer.Option("--accept-task-change", help="go on although the task's code or data changed")
+    ] = False,
+) -> None:
+    """Run a study, or go on where it stopped."""
+    from orchestrator.progress import progress
+
+    opened = _from_file(study, store)
+    if not local and store.startswith("memory://"):
+        raise InputError(f"--store {store}: memory lives in one process; legal with workers: a folder or another URL")
+    if local and (workers or address or gpus_per_worker):
+        raise InputError("--local runs in this process: legal without --workers, --address and --gpus-per-worker")
+    pool: Any
+    if local:
+        from orchestrator.pools.local import LocalPool
+
+        pool = LocalPool()
+    else:
+        from orchestrator.pools.ray import RayPool
+
+        pool = RayPool(workers, address=address, gpus_per_worker=gpus_per_worker)
+    try:
+        standing = opened.run(pool, progress=progress(), accept_task_change=accept_task_change)
+    finally:
+        pool.close()
+    if standing.failed:
+        print(f"{standing.failed} trials failed; the last: {standing.last_failure}", file=sys.stderr)
+    if not standing.done:
+        if standing.failed or standing.dense_failure:
+            print(standing.dense_failure or "every trial failed", file=sys.stderr)
+            raise typer.Exit(1)
+        return
+    found = opened.front()
+    _print_table(_front_rows(found))
+    if found.knee is not None:
+        key = found.points[found.knee]["key"]
+        where = "" if store == DEFAULT_STORE else f" --store {shlex.quote(store)}"
+        print(f"\nThe knee of the front is {key[:12]}. To take it home:")
+        print(f"  orchardist fetch {opened.spec.name} {key[:12]} -o {opened.spec.name}-pruned{where}")
+
+
+@app.command()
+def status(study: StudyName, store: StoreUrl = DEFAULT_STORE, format: Formatted = Format.table) -> None:
+    """How a study stands: trials, epochs asked for and run, failures."""
+    found = _open(study, store).status()
+    if format is Format.json:
+        _print_json(found)
+        return
+    flat = [
+        {"what": f"{what} {name}" if name else what, "value": value}
+        for what, values in found.items()
+        if what != "failures"
+        for name, value in (values.items() if isinstance(values, Mapping) else [("", values)])
+    ]
+    flat += [{"what": f"failure of trial {number}", "value": reason} for number, reason in found["failures"].items()]
+    _print_rows(flat, format)
+
+
+@app.command()
+def front(
+    study: StudyName,
+    store: StoreUrl = DEFAULT_STORE,
+    where: Where = [],  # noqa: B006 typer wants a list
+    minimise: Minimise = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw the front, with the dense model marked")] = None,
+    format: Formatted = Format.table,
+) -> None:
+    """The models that no other model beats in every objective."""
+    opened = _open(study, store)
+    found = opened.front(where, minimise)
+    if plot is not None:
+        from orchestrator.report.plot import plot_front
+
+        plot_front(opened, found, plot)
+        print(f"drawn in {plot}", file=sys.stderr)
+    if format is Format.json:
+        _print_json(found.as_json())
+    else:
+        _print_rows(_front_rows(found), format)
+
+
+@app.command()
+def fetch(
+    study: StudyName,
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="from `front`; default: the knee of the front")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="the folder to write into")] = ...,  # type: ignore[assignment]
+    store: StoreUrl = DEFAULT_STORE,
+    where: Where = [],  # noqa: B006 typer wants a list
+    minimise: Minimise = None,
+    format: Formatted = Format.table,
+) -> None:
+    """Write one model: weights, masks, and a card that says what it is."""
+    if key is not None and (where or minimise):
+        raise InputError("a KEY names one model: legal without --where and --minimise")
+    folder = _open(study, store).fetch(key, output, where=where, minimise=minimise)
+    card = json.loads((folder / "card.json").read_text())
+    if format is Format.json:
+        _print_json(card)
+        return
+    print(f"{folder}: {', '.join(sorted(card['files']))}, card.json")
+    measures = ("accuracy", "test_accuracy", "sparsity", "nonzero_params")
+    print(", ".join(f"{name} {card['measures'][name]:.4g}" for name in measures if name in card["measures"]))
+    print(card["says"])
+    task = "" if card["task"] in _builtin_tasks() else f", task={card['task']!r}"
+    print(f"In Python: orchestrator.load({str(folder)!r}{task})")
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="criteria, scopes, allocations, structures, schedules, …")],
+    format: Formatted = Format.table,
+) -> None:
+    """Every choice of a kind, with a line of what it is."""
+    from orchestrator.catalogue import catalogue
+
+    _print_rows(catalogue(what), format)
+
+
+@app.command()
+def check(
+    study: Annotated[Path | None, typer.Argument(metavar="STUDY", help="the study file (TOML)")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of study files")] = False,
+) -> None:
+    """Find out what is wrong with a study and its task without running it."""
+    from orchestrator.spec import StudySpec
+
+    if schema:
+        _print_json(StudySpec.model_json_schema())
+        return
+    if study is None:
+        raise InputError("check wants a STUDY file, or --schema")
+    opened = _from_file(study, "memory://check")
+    info = opened.check()
+    weights = sum(layer.size for layer in info.layers)
+    print(
+        f"{study}: a good study. {opened.spec.trials} trials x {len(opened.spec.seeds)} seeds of "
+        f"{opened.spec.task!r}: {len(info.layers)} prunable layers, {weights:,} weights, "
+        f"{info.train_examples:,} training examples"
+    )
+
+
+def main() -> None:
+    """The `orchardist` command. Wrong input ends with exit code 2, an interrupt with 130."""
+    try:
+        app(standalone_mode=True)
+    except (InputError, WorkersUnusable) as error:
+        _end(str(error), 2)
+    except OrchardistError as error:
+        _end(str(error), 1)
+    except KeyboardInterrupt:
+        again = shlex.join(["orchardist", *sys.argv[1:]])
+        _end(f"stopped; nothing finished is lost. To go on:\n  {again}", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+def _from_file(path: Path, store: str) -> Study:
+    from orchestrator.spec import StudySpec
+    from orchestrator.study import Study
+
+    return Study(StudySpec.load(path), store, root=path.parent)
+
+
+def _open(study: str, store: str) -> Study:
+    from orchestrator.spec import StudySpec
+    from orchestrator.study import Study
+
+    name = StudySpec.load(study).name if study.endswith(".toml") else study
+    return Study.open(store, name)
+
+
+def _builtin_tasks() -> Sequence[str]:
+    from orchestrator.tasks import BUILTIN
+
+    return list(BUILTIN)
+
+
+def _front_rows(found: Front) -> list[dict[str, Any]]:
+    """The front as rows, the dense model last; every objective and its test twin, then the size."""
+    names = list(dict.fromkeys(objective.column for objective in found.objectives))
+    shown = list(dict.fromkeys([n for name in names for n in (name, f"test_{name}")] + ["sparsity", "nonzero_params"]))
+    rows = []
+    for index, point in enumerate(found.points):
+        params = ", ".join(str(value) for value in point["params"].values())
+        mark = " <- knee" if index == found.knee and len(found.points) > 1 else ""
+        rows.append(
+            {"key": point["key"][:12], "trial": point["trial"], "round": point["round"], "n": point["n"]}
+            | {name: point[name] for name in shown if name in point}
+            | {"params": params + mark}
+        )
+    if found.dense is not None:
+        rows.append(
+            {"key": found.dense["key"][:12], "trial": "dense", "round": 0, "n": found.dense["n"]}
+            | {name: found.dense[name] for name in shown if name in found.dense}
+            | {"params": "the unpruned model"}
+        )
+    return rows
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, default=str))
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]], format: Format) -> None:
+    if format is Format.json:
+        _print_json(rows)
+    elif format is Format.csv:
+        import csv
+
+        writer = csv.DictWriter(sys.stdout, fieldnames=_names(rows), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        _print_table(rows)
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Columns under their names, as wide as they must be; the same on a terminal and in a file."""
+    names = _names(rows)
+    cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+

@@ -1,0 +1,439 @@
+"""The loop: ask, plan, merge, run, record, tell."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from orchestrator import history
+from orchestrator.canonical import digest
+from orchestrator.errors import PlanError
+from orchestrator.graph import Facts, Graph, Segment
+from orchestrator.history import History
+from orchestrator.objectives import Objective
+from orchestrator.outcome import DENSE_TRIAL
+from orchestrator.plan import Plan, dense_plan, trial_plan
+from orchestrator.pools.protocol import Ended, Failed, Pool, Reported
+from orchestrator.progress import Progress, Silent, Standing
+from orchestrator.settings import Settings
+from orchestrator.spec import StudySpec
+from orchestrator.store.lease import Lease
+from orchestrator.store.store import Store
+from orchestrator.tasks.info import TaskInfo
+from search.proposer import LEARNS, Ahead, Proposal, make
+from search.query import Bound, constraint, parse
+from search.space import Space
+
+_LOG = logging.getLogger("orchardist.driver")
+
+FLUSH_SECONDS = 0.25
+"""What was measured waits at most this long to become durable; a state's header has a copy all the while."""
+
+AHEAD = 64
+"""Trials under way at a time for samplers that look at no result; those that learn get two for each worker."""
+
+Values = tuple[float | None, ...]
+
+
+@dataclass
+class _Trial:
+    """One proposal under way: a plan for each seed, and how many of its points are still to come."""
+
+    number: int
+    params: dict[str, Any]
+    plans: list[Plan]
+    missing: set[str] = field(default_factory=set)
+    failure: str = ""
+
+    @property
+    def epochs(self) -> float:
+        return sum(plan.steps / plan.steps_per_epoch for plan in self.plans)
+
+    @property
+    def stages(self) -> int:
+        return sum(len(plan.nodes) for plan in self.plans)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a driver works for and with."""
+
+    spec: StudySpec
+    info: TaskInfo
+    objectives: Sequence[Objective]
+    code: Mapping[str, str]
+    """Digests of the user's own functions, by name."""
+
+
+class Driver:
+    """Runs a study to the end, or on from wherever its ledger says it stands."""
+
+    def __init__(
+        self, setting: Setting, store: Store, pool: Pool, lease: Lease, past: History, progress: Progress | None = None
+    ) -> None:
+        self.setting = setting
+        self.spec = setting.spec
+        self.store = store
+        self.pool = pool
+        self.lease = lease
+        self.past = past
+        self.progress = progress or Silent()
+        self.ledger = store.ledger(self.spec.name, lease.epoch)
+        self.graph = Graph()
+        self.space = self.spec.search_space()
+        self.bounds: list[Bound] = [parse(text, measure=name) for name, text in self.spec.constraints.items()]
+        self.columns = list(
+            dict.fromkeys([*(o.column for o in setting.objectives), *(column(b.measure, setting) for b in self.bounds)])
+        )
+        self._values: dict[str, Values] = {
+            key: tuple(values.values()) for key, values in history.measured(store, self.spec.name, self.columns)
+        }
+        self._owners: dict[str, tuple[int, int, int, Mapping[str, Any]]] = {}
+        self._trials: dict[int, _Trial] = {}
+        self._waiting_for: dict[str, set[int]] = {}
+        self._dense: _Trial | None = None
+        self._complete: deque[int] = deque()
+        self._segments: dict[int, Segment] = {}
+        self._rows: dict[str, list[dict[str, Any]]] = {"proposals": [], "outcomes": [], "events": []}
+        self._flushed_at = time.monotonic()
+        self._told = {digest(params) for params, _ in past.proposals.values()}
+        self._told |= {digest(params) for params, _, _ in past.added}
+        self._compactor = ThreadPoolExecutor(1, thread_name_prefix="compaction")
+        self._compaction: Future[None] | None = None
+        self.standing = Standing(
+            asked=self.spec.trials,
+            done=sum(e.state == "done" for e in past.endings.values()),
+            epochs_asked=sum(e.epochs for e in past.endings.values() if e.state == "done"),
+            epochs_run=past.epochs_run,
+            stages_asked=sum(e.stages for e in past.endings.values() if e.state == "done"),
+            stages_run=past.stages_run,
+        )
+
+    def run(self) -> Standing:
+        """Run until every asked-for trial has ended. What is recorded stays recorded, however this ends."""
+        self._event("started", detail={"epoch": self.lease.epoch, "task": self.setting.info.digest})
+        learns = self.spec.sampler in LEARNS
+        window = 2 * self.pool.workers if learns else max(AHEAD, 2 * self.pool.workers)
+        proposer = make(
+            self.spec.sampler,
+            self.space,
+            [objective.direction for objective in self.setting.objectives],
+            seed=self.spec.sampler_seed,
+            enqueued=self.spec.points(),
+            history=self.past.told(),
+            added=self.past.added,
+        )
+        to_ask = max(0, self.spec.trials - len(self.past.proposals))
+        resumed = deque(self.past.unfinished())
+        with Ahead(proposer, max(1, min(window, to_ask))) as ahead:
+            self._ahead = ahead
+            try:
+                self._begin_dense()
+                while True:
+                    while resumed and len(self._trials) < window:
+                        number = resumed.popleft()
+                        self._begin(Proposal(number=number, params=self.past.proposals[number][0], attrs={}))
+                    if not resumed and to_ask:
+                        room = min(window - len(self._trials), to_ask)
+                        idle = not self._segments and not self._trials and not self._complete
+                        asked = ahead.take(room, wait=idle) if room > 0 else []
+                        to_ask = 0 if ahead.exhausted and not asked else to_ask - len(asked)
+                        self._propose(asked)
+                    self._submit()
+                    self._settle()
+                    if not (self._segments or self._trials or resumed or to_ask or self._complete):
+                        break
+                    self._hear()
+                    self._settle()
+                    self._record()
+                    self.lease.beat()
+                    self.progress.show(self.standing)
+            finally:
+                self._end()
+        return self.standing
+
+    def _begin_dense(self) -> None:
+        """The unpruned model of every seed, outside `trials`, with states kept where trials may rewind to."""
+        cuts = self._cuts()
+        plans = [
+            dense_plan(self.spec.train, seed, self.setting.info, device=self.pool.device, cuts=cuts)
+            for seed in self.spec.seeds
+        ]
+        self._dense = _Trial(DENSE_TRIAL, {}, plans)
+        self._add(self._dense)
+
+    def _cuts(self) -> list[float]:
+        """Epochs of the dense training that the space can rewind to."""
+        epochs = self.space.possible("rewind_epoch") or ()
+        rewinds = "rewind" in (self.space.possible("retrain") or ())
+        return sorted({float(epoch) for epoch in epochs if epoch}) if rewinds and len(epochs) <= 32 else []
+
+    def _propose(self, proposals: Sequence[Proposal]) -> None:
+        """Record proposals durably, then begin them."""
+        if not proposals:
+            return
+        now = time.time()
+        self._rows["proposals"] += [
+            {"trial": p.number, "params": p.params, "attrs": p.attrs, "proposed_at": now} for p in proposals
+        ]
+        self._record(at_once=True)
+        for proposal in proposals:
+            self._told.add(digest(proposal.params))
+            self._begin(proposal)
+
+    def _begin(self, proposal: Proposal) -> None:
+        trial = _Trial(proposal.number, proposal.params, [])
+        try:
+            settings = self.spec.settings(proposal.params, self.setting.code)
+            trial.plans = [
+                trial_plan(settings, seed, self.setting.info, device=self.pool.device) for seed in self.spec.seeds
+            ]
+        except PlanError as error:
+            trial.failure = f"refused: {error}"
+            self._trials[trial.number] = trial
+            self._complete.append(trial.number)
+            return
+        self._add(trial)
+
+    def _add(self, trial: _Trial) -> None:
+        self._trials[trial.number] = trial
+        for seed, plan in zip(self.spec.seeds, trial.plans, strict=True):
+            for number, key in plan.points:
+                self._owners.setdefault(key, (trial.number, number, seed, trial.params))
+            self.graph.add(plan, self._facts)
+            for _, key in plan.points:
+                if self.graph.failed(key):
+                    trial.failure = trial.failure or "a stage that it shares with another trial failed"
+                elif not self.graph.known(key):
+                    trial.missing.add(key)
+                    self._waiting_for.setdefault(key, set()).add(trial.number)
+        if not trial.missing or trial.failure:
+            self._complete.append(trial.number)
+
+    def _facts(self, key: str) -> Facts:
+        """What the ledger and the store know of a key. An outcome in a state's header is taken over from there."""
+        header = self.store.states.header(key) or {}
+        outcome = json.loads(header.get("outcome", "null"))
+        if key not in self._values and outcome is not None and key in self._owners:
+            self._outcome(key, outcome)
+        return Facts(known=key in self._values, present=bool(header), resumable=header.get("resumable") == "1")
+
+    def _submit(self) -> None:
+        if self.pool.free:
+            for segment in self.graph.ready():
+                self._segments[segment.number] = segment
+                self.pool.submit(segment)
+                if not self.pool.free:
+                    break
+
+    def _hear(self) -> None:
+        for event in self.pool.completed(FLUSH_SECONDS):
+            match event:
+                case Reported():
+                    self._reported(event)
+                case Failed():
+                    self._failed(event)
+                case Ended():
+                    self.graph.give_back(self._segments.pop(event.segment))
+
+    def _reported(self, event: Reported) -> None:
+        segment = self._segments[event.segment]
+        left = segment.after(event.key)
+        stages = sum(step.key not in {s.key for s in left.steps} for step in segment.steps)
+        self._segments[event.segment] = left
+        epochs = self._epochs_of(segment, event)
+        self.standing.epochs_run += epochs
+        self.standing.stages_run += stages
+        self._event("work", key=event.key, detail={"epochs": epochs, "stages": stages, "seconds": event.seconds})
+        if event.measures is not None and event.key not in self._values:
+            self._outcome(event.key, event.measures)
+        facts = Facts(known=event.key in self._values, present=event.stored, resumable=event.resumable)
+        self.graph.done(event.key, facts)
+        for number in self._waiting_for.pop(event.key, ()):
+            trial = self._trials[number]
+            trial.missing.discard(event.key)
+            if not trial.missing and not trial.failure:
+                self._complete.append(number)
+
+    def _epochs_of(self, segment: Segment, event: Reported) -> float:
+        """The training behind a report in epochs of its own batch size."""
+        epochs = 0.0
+        for step in segment.steps:
+            recipe = getattr(step.op, "recipe", None)
+            if recipe is not None:
+                epochs += step.steps / self.setting.info.steps_per_epoch(recipe.batch_size)
+            if step.key == event.key:
+                break
+        return epochs
+
+    def _outcome(self, key: str, measures: Mapping[str, Any]) -> None:
+        """Record what was measured of a state, under the first trial that asked for it."""
+        trial, number, seed, params = self._owners.pop(key)
+        self._rows["outcomes"].append(
+            {**measures, "key": key, "trial": trial, "round": number, "seed": seed, "params": params}
+        )
+        metrics = measures.get("metrics") or {}
+        self._values[key] = tuple(measures.get(name, metrics.get(name)) for name in self.columns)
+
+    def _failed(self, event: Failed) -> None:
+        reason = f"{event.kind}: {event.message}"
+        self._event("stage failed", key=event.key, detail={"reason": reason, "traceback": event.traceback})
+        for key in self.graph.fail(event.key):
+            self._owners.pop(key, None)
+            for number in self._waiting_for.pop(key, ()):
+                trial = self._trials.get(number)
+                if trial is not None and not trial.failure:
+                    trial.failure = reason
+                    self._complete.append(number)
+
+    def _settle(self) -> None:
+        """End the trials whose points have all come in, or cannot."""
+        for _ in range(len(self._complete)):
+            number = self._complete.popleft()
+            trial = self._trials[number]
+            if number != DENSE_TRIAL and self._dense_is_missing():
+                self._complete.append(number)
+                continue
+            for key in trial.missing:
+                self._waiting_for.get(key, set()).discard(number)
+            del self._trials[number]
+            for plan in trial.plans:
+                self.graph.release(plan)
+            if number == DENSE_TRIAL:
+                self._settle_dense(trial)
+            elif trial.failure:
+                self._settle_failed(trial)
+            else:
+                self._settle_done(trial)
+
+    def _dense_is_missing(self) -> bool:
+        """Whether a bound is relative to the dense model and that is not measured yet."""
+        return any(bound.factor for bound in self.bounds) and DENSE_TRIAL in self._trials
+
+    def _settle_dense(self, trial: _Trial) -> None:
+        if trial.failure:
+            self.standing.dense_failure = trial.failure
+            self._event("dense failed", trial=DENSE_TRIAL, detail={"reason": trial.failure})
+
+    def _settle_failed(self, trial: _Trial) -> None:
+        self.standing.failed += 1
+        self.standing.last_failure = trial.failure
+        _LOG.warning("trial %d failed: %s", trial.number, trial.failure)
+        self._event("failed", trial=trial.number, detail={"reason": trial.failure})
+        self._ahead.tell(trial.number, None, state="failed")
+
+    def _settle_done(self, trial: _Trial) -> None:
+        rounds = self._points(trial)
+        last = max(rounds)
+        values, constraints = rounds[last]
+        self.standing.done += 1
+        self.standing.epochs_asked += trial.epochs
+        self.standing.stages_asked += trial.stages
+        self._event(
+            "done",
+            trial=trial.number,
+            detail={"values": values, "constraints": constraints, "epochs": trial.epochs, "stages": trial.stages},
+        )
+        if any(value is None for value in values):
+            self._ahead.tell(trial.number, None, state="failed")
+            return
+        self._ahead.tell(trial.number, values, constraints=constraints)
+        self.standing.note(self.setting.objectives, values)
+        if self.spec.sampler in LEARNS:
+            for number, (shorter, held) in rounds.items():
+                if number != last:
+                    self._tell_shorter(trial, number, shorter, held)
+
+    def _tell_shorter(
+        self, trial: _Trial, rounds: int, values: Sequence[float], constraints: Mapping[str, float]
+    ) -> None:
+        """Under a rate or a threshold the first rounds of a trial are the shorter trial, where the space has it."""
+        possible = self.space.possible("rounds") or ()
+        if "sparsity" in trial.params or rounds not in possible or None in values:
+            return
+        params = trial.params | {"rounds": rounds}
+        name = digest(params)
+        if name not in self._told and self.space.complete(params):
+            self._told.add(name)
+            self._ahead.add(params, values, constraints)
+            self._event(
+                "shorter", trial=trial.number, detail={"params": params, "values": values, "constraints": constraints}
+            )
+
+    def _points(self, trial: _Trial) -> dict[int, tuple[list[float], dict[str, float]]]:
+        """By round: the objectives' values, and how far each bound is violated; means over the seeds."""
+        by_round: dict[int, list[Values]] = {}
+        for plan in trial.plans:
+            for number, key in plan.points:
+                by_round.setdefault(number, []).append(self._values[key])
+        dense = self._dense_means()
+        found = {}
+        for number, rows in by_round.items():
+            means = dict(zip(self.columns, _means(rows), strict=True))
+            values = [means[objective.column] for objective in self.setting.objectives]
+            violations = {
+                str(bound): constraint(bound, _number(means[column(bound.measure, self.setting)]), dense.get(bound.measure))
+                for bound in self.bounds
+            }
+            found[number] = values, violations
+        return found
+
+    def _dense_means(self) -> dict[str, float]:
+        if self._dense is None or not all(k in self._values for plan in self._dense.plans for _, k in plan.points):
+            return {}
+        rows = [self._values[key] for plan in self._dense.plans for _, key in plan.points]
+        means = dict(zip(self.columns, _means(rows), strict=True))
+        return {b.measure: _number(means[column(b.measure, self.setting)]) for b in self.bounds}
+
+    def _event(self, event: str, *, trial: int | None = None, key: str = "", detail: Mapping[str, Any]) -> None:
+        self._rows["events"].append(
+            {"event": event, "trial": trial, "key": key, "at": time.time(), "detail": dict(detail)}
+        )
+
+    def _record(self, *, at_once: bool = False) -> None:
+        """Make what was noted durable, and now and then merge the ledger's parts."""
+        now = time.monotonic()
+        if not at_once and now - self._flushed_at < FLUSH_SECONDS:
+            return
+        self._flushed_at = now
+        for kind, rows in self._rows.items():
+            self.ledger.append(kind, rows)
+            rows.clear()
+        self.ledger.flush()
+        if self._compaction is not None and self._compaction.done():
+            self._compaction.result()
+            self._compaction = None
+        if self._compaction is None and self.ledger.should_compact():
+            self._compaction = self._compactor.submit(self.ledger.compact)
+
+    def _end(self) -> None:
+        self._event("ended", detail={"done": self.standing.done, "failed": self.standing.failed})
+        self._record(at_once=True)
+        self._compactor.shutdown()
+        self.ledger.compact()
+        self.progress.end(self.standing)
+
+
+def column(measure: str, setting: Setting) -> str:
+    """The ledger's column for a measure that a bound names; an objective's name means the objective's column."""
+    from orchestrator.objectives import OBJECTIVES
+
+    return OBJECTIVES[measure].column if measure in OBJECTIVES else measure
+
+
+def _means(rows: Sequence[Values]) -> list[float]:
+    return [
+        fmean(present) if len(present := [v for v in values if v is not None]) == len(values) else None  # type: ignore[misc]
+        for values in zip(*rows, strict=True)
+    ]
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value

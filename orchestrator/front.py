@@ -1,0 +1,265 @@
+"""The front of a study, from its outcomes: points are (trial, round), means over seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.errors import QueryError, UnknownName
+from orchestrator.objectives import OBJECTIVES, Objective
+from orchestrator.outcome import DENSE_TRIAL, MEASURES
+from orchestrator.store.store import Store
+from search import pareto
+from search.query import Bound, BoundError, nearest_miss, parse, satisfied
+
+Columns = dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """Every (trial, round) that all seeds have measured: columns of means, row by row; and the dense model's means."""
+
+    trials: NDArray[np.int64]
+    rounds: NDArray[np.int64]
+    columns: Columns
+    dense: dict[str, float]
+    rows: list[NDArray[np.int64]] | NDArray[np.int64]
+    """The rows of the outcome table behind each point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """The points that no other point dominates, in order of the first objective, best first."""
+
+    study: str
+    objectives: tuple[Objective, ...]
+    dense: dict[str, Any] | None
+    points: tuple[dict[str, Any], ...]
+    knee: int | None
+    """The position in `points` where giving up any more of one objective for another stops paying."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The document that `orchardist front --format json` prints."""
+        names = [objective.name for objective in self.objectives]
+        return {"study": self.study, "objectives": names, "dense": self.dense, "front": list(self.points)}
+
+
+def column_of(name: str) -> str:
+    """The ledger's column for a measure; an objective's name means the objective's column."""
+    return OBJECTIVES[name].column if name in OBJECTIVES else name
+
+
+def front(
+    store: Store,
+    study: str,
+    objectives: Sequence[Objective],
+    *,
+    seeds: int,
+    where: Sequence[str] = (),
+    minimise: str | None = None,
+    constraints: Mapping[str, str] | None = None,
+) -> Front:
+    """The non-dominated points of a study.
+
+    Args:
+        store: where the study is.
+        study: its name.
+        objectives: what is good.
+        seeds: how many seeds a point must have been measured under.
+        where: bounds such as "accuracy >= dense - 0.01", all of which a point must keep.
+        minimise: then give only the best point by this measure ("maximise" for measures of which more is better).
+        constraints: the study's own bounds.
+
+    Raises:
+        QueryError: a bound on an unknown measure, or bounds that nothing meets (with the nearest miss).
+    """
+    bounds = [_bound(text) for text in where]
+    bounds += [parse(text, measure=name) for name, text in (constraints or {}).items()]
+    wanted = [o.column for o in objectives] + [column_of(b.measure) for b in bounds]
+    wanted += [column_of(minimise)] if minimise else []
+    points = read_points(store, study, list(dict.fromkeys(wanted)), seeds)
+    kept = _kept(points, bounds, constraints or {}, where)
+    if minimise is not None:
+        values = points.columns[column_of(minimise)][kept]
+        best = np.argmax(values) if _more_is_better(minimise) else np.argmin(values)
+        chosen = kept[[int(best)]] if len(kept) else kept
+    else:
+        values = np.column_stack([points.columns[o.column][kept] for o in objectives])
+        chosen = kept[pareto.front(values, [o.direction for o in objectives])]
+    chosen = _in_order(chosen, points, objectives)
+    table = np.column_stack([points.columns[o.column][chosen] for o in objectives])
+    knee = int(pareto.knee(table, [o.direction for o in objectives])) if len(chosen) else None
+    return Front(
+        study=study,
+        objectives=tuple(objectives),
+        dense=_describe_dense(store, study, seeds),
+        points=tuple(_describe(store, study, points, chosen, objectives)),
+        knee=knee,
+    )
+
+
+def read_points(store: Store, study: str, columns: Sequence[str], seeds: int) -> Points:
+    """The points of a study with the means of `columns`; reads nothing else of the ledger."""
+    own = [name for name in columns if name in MEASURES]
+    other = [name for name in columns if name not in MEASURES]
+    table = store.table(study, "outcomes", ["trial", "round", *own, *(["metrics"] if other else [])])
+    trials, rounds = (np.asarray(table[name], dtype=np.int64) for name in ("trial", "round"))
+    values: Columns = {name: np.asarray(table[name].to_numpy(), dtype=np.float64) for name in own}
+    if other:
+        metrics = [json.loads(text or "{}") for text in table["metrics"].to_pylist()]
+        for name in other:
+            values[name] = np.array([_float(row.get(name)) for row in metrics])
+            if not np.isfinite(values[name]).any() and len(metrics):
+                raise QueryError(str(UnknownName("measure", name, known_measures(metrics[0]))))
+    is_dense = trials == DENSE_TRIAL
+    dense = {name: float(column[is_dense].mean()) for name, column in values.items() if is_dense.any()}
+    rows = np.flatnonzero(~is_dense)
+    if seeds == 1:
+        return Points(
+            trials=trials[rows],
+            rounds=rounds[rows],
+            columns={name: column[rows] for name, column in values.items()},
+            dense=dense,
+            rows=rows,
+        )
+    place = trials[rows] * (int(rounds.max(initial=0)) + 1) + rounds[rows]
+    order = np.argsort(place, kind="stable")
+    _, starts, counts = np.unique(place[order], return_index=True, return_counts=True)
+    whole = counts == seeds
+    groups = [rows[order[start : start + seeds]] for start in starts[whole]]
+    table_of = np.array(groups, dtype=np.int64).reshape(-1, seeds)
+    return Points(
+        trials=trials[table_of[:, 0]],
+        rounds=rounds[table_of[:, 0]],
+        columns={name: column[table_of].mean(axis=1) for name, column in values.items()},
+        dense=dense,
+        rows=groups,
+    )
+
+
+def known_measures(metrics: Mapping[str, Any] = {}) -> list[str]:
+    """The names that a bound may use."""
+    return sorted({*MEASURES, *OBJECTIVES, *metrics})
+
+
+def _bound(text: str) -> Bound:
+    try:
+        bound = parse(text)
+    except BoundError as error:
+        raise QueryError(str(error)) from error
+    return bound
+
+
+def _kept(
+    points: Points, bounds: Sequence[Bound], constraints: Mapping[str, str], where: Sequence[str]
+) -> NDArray[np.int64]:
+    everything = np.arange(len(points.trials))
+    if not bounds or not len(everything):
+        return everything
+    columns = {b.measure: points.columns[column_of(b.measure)] for b in bounds}
+    dense = {b.measure: points.dense[column_of(b.measure)] for b in bounds if column_of(b.measure) in points.dense}
+    try:
+        kept = np.flatnonzero(satisfied(bounds, columns, dense))
+        if not len(kept) and where:
+            nearest = nearest_miss(bounds, columns, dense)
+            assert nearest is not None
+            has = ", ".join(f"{name} = {values[nearest]:.4g}" for name, values in columns.items())
+            place = f"trial {points.trials[nearest]}, round {points.rounds[nearest]}"
+            raise QueryError(f"no point keeps {' and '.join(map(str, bounds))}; the nearest ({place}) has {has}")
+    except BoundError as error:
+        raise QueryError(str(error)) from error
+    return kept
+
+
+def _more_is_better(measure: str) -> bool:
+    if measure in OBJECTIVES:
+        return OBJECTIVES[measure].direction == "maximise"
+    return "accuracy" in measure or measure in ("compression_ratio", "theoretical_speedup")
+
+
+def _in_order(chosen: NDArray[np.int64], points: Points, objectives: Sequence[Objective]) -> NDArray[np.int64]:
+    keys = [points.rounds[chosen], points.trials[chosen]]
+    for objective in reversed(objectives):
+        column = points.columns[objective.column][chosen]
+        keys.append(-column if objective.direction == "maximise" else column)
+    return chosen[np.lexsort(keys)]
+
+
+def _describe(
+    store: Store, study: str, points: Points, chosen: NDArray[np.int64], objectives: Sequence[Objective]
+) -> list[dict[str, Any]]:
+    """Everything that is recorded of the chosen points, with means over their seeds."""
+    groups = [np.atleast_1d(points.rows[int(index)]) for index in chosen]
+    if not groups:
+        return []
+    table = store.table(study, "outcomes").take(np.concatenate(groups)).to_pylist()
+    found, start = [], 0
+    for group in groups:
+        found.append(_point(table[start : start + len(group)], objectives))
+        start += len(group)
+    return found
+
+
+def _describe_dense(store: Store, study: str, seeds: int) -> dict[str, Any] | None:
+    trials = np.asarray(store.table(study, "outcomes", ["trial"])["trial"], dtype=np.int64)
+    rows = np.flatnonzero(trials == DENSE_TRIAL)
+    if not len(rows):
+        return None
+    table = store.table(study, "outcomes").take(rows[:seeds]).to_pylist()
+    return _point(table, ())
+
+
+def _point(rows: Sequence[Mapping[str, Any]], objectives: Sequence[Objective]) -> dict[str, Any]:
+    metrics = [json.loads(row["metrics"] or "{}") for row in rows]
+    names = [*(name for name in MEASURES), *metrics[0]]
+    by_name = {n: [_float(row[n] if n in MEASURES else m.get(n)) for row, m in zip(rows, metrics, strict=True)] for n in names}
+    means = {name: _mean(values) for name, values in by_name.items()}
+    nearest = min(range(len(rows)), key=lambda i: (_distance(by_name, means, i, objectives), rows[i]["seed"]))
+    point: dict[str, Any] = {
+        "key": rows[nearest]["key"],
+        "keys": [row["key"] for row in rows],
+        "trial": rows[0]["trial"],
+        "round": rows[0]["round"],
+        "n": len(rows),
+        "params": json.loads(rows[0]["params"] or "{}"),
+        **{name: value for name, value in means.items() if value is not None},
+    }
+    point["std"] = {
+        name: float(np.std(values, ddof=1)) for name, values in by_name.items() if len(rows) > 1 and means[name] is not None
+    }
+    for name in ("class_accuracy", "test_class_accuracy"):
+        lists = [row[name] for row in rows if row[name]]
+        if lists:
+            columns = zip(*lists, strict=True)
+            point[name] = [_mean([_float(value) for value in column]) for column in columns]
+    point["layers"] = json.loads(rows[nearest]["layers"] or "{}")
+    for name in ("nonzero_params", "total_params", "flops", "bytes"):
+        if name in point and float(point[name]).is_integer():
+            point[name] = int(point[name])
+    return point
+
+
+def _distance(
+    by_name: Mapping[str, list[float]], means: Mapping[str, float | None], row: int, objectives: Sequence[Objective]
+) -> float:
+    """How far one seed is from the mean, in standard deviations, over the objectives."""
+    total = 0.0
+    for objective in objectives:
+        values, mean = by_name[objective.column], means[objective.column]
+        spread = float(np.std(values))
+        if mean is not None and spread > 0:
+            total += ((values[row] - mean) / spread) ** 2
+    return total
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values and np.isfinite(values).all() else None
+
+
+def _float(value: Any) -> float:
+    return float("nan") if value is None else float(value)

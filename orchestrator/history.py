@@ -1,0 +1,104 @@
+"""What a study's ledger says of its past: the trials that ended, those under way, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.store.store import Store
+from search.proposer import Told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a trial ended, from its last event."""
+
+    state: str
+    values: tuple[float, ...] | None
+    constraints: Mapping[str, float]
+    epochs: float
+    stages: int
+    reason: str = ""
+
+
+@dataclass(kw_only=True)
+class History:
+    """A study's past. `run` counts what all its drivers ran."""
+
+    proposals: dict[int, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
+    """Parameters and the sampler's notes by trial."""
+    endings: dict[int, Ending] = field(default_factory=dict)
+    added: list[tuple[dict[str, Any], tuple[float, ...], dict[str, float]]] = field(default_factory=list)
+    """Shorter trials that the sampler was told of."""
+    epochs_run: float = 0.0
+    stages_run: int = 0
+
+    def told(self) -> list[Told]:
+        """Every trial for the sampler. A failed one runs again, so to the sampler it is still running."""
+        return [self._told(number) for number in sorted(self.proposals)]
+
+    def _told(self, number: int) -> Told:
+        params, attrs = self.proposals[number]
+        ending = self.endings.get(number)
+        if ending is None or ending.state != "done":
+            return Told(number=number, params=params, attrs=attrs, state="running")
+        return Told(
+            number=number,
+            params=params,
+            attrs=attrs,
+            values=ending.values,
+            constraints=ending.constraints,
+            state="done",
+        )
+
+    def unfinished(self) -> list[int]:
+        """Trials that were proposed and are not done."""
+        return [n for n in sorted(self.proposals) if n not in self.endings or self.endings[n].state != "done"]
+
+
+def read(store: Store, study: str) -> History:
+    """The study's past, from its proposals and events."""
+    past = History()
+    for row in rows(store.table(study, "proposals")):
+        past.proposals[row["trial"]] = json.loads(row["params"]), json.loads(row["attrs"] or "{}")
+    for row in rows(store.table(study, "events")):
+        detail = json.loads(row["detail"] or "{}")
+        match row["event"]:
+            case "done" | "failed":
+                past.endings[row["trial"]] = ending(row["event"], detail)
+            case "shorter":
+                past.added.append((detail["params"], tuple(detail["values"]), detail["constraints"]))
+            case "work":
+                past.epochs_run += detail["epochs"]
+                past.stages_run += detail["stages"]
+    return past
+
+
+def ending(state: str, detail: Mapping[str, Any]) -> Ending:
+    """The ending that an event's detail describes."""
+    return Ending(
+        state=state,
+        values=tuple(detail["values"]) if detail.get("values") is not None else None,
+        constraints=detail.get("constraints") or {},
+        epochs=detail.get("epochs", 0.0),
+        stages=detail.get("stages", 0),
+        reason=detail.get("reason", ""),
+    )
+
+
+def measured(store: Store, study: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    """(key, values by column) of every outcome; a column that is no measure of its own is looked up in `metrics`."""
+    table = store.table(study, "outcomes")
+    own = [name for name in columns if name in table.column_names]
+    other = [name for name in columns if name not in own]
+    for row in rows(table.select(["key", *own, *(["metrics"] if other else [])])):
+        metrics = json.loads(row["metrics"] or "{}") if other else {}
+        yield row["key"], {name: row[name] for name in own} | {name: metrics.get(name) for name in other}
+
+
+def rows(table: Any) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow table as dicts, a batch at a time."""
+    for batch in table.to_batches(max_chunksize=10_000):
+        yield from batch.to_pylist()

@@ -1,0 +1,65 @@
+"""Segments run in this process, one stage at a time: for tests, debuggers and stores that live in memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from orchestrator.graph import Segment
+from orchestrator.pools.protocol import Ended, Event, Job
+from orchestrator.tasks.info import TaskInfo
+
+if TYPE_CHECKING:
+    from orchestrator.pools.worker import Worker
+
+
+class LocalPool:
+    """One worker in this process. Work is done inside `completed`, up to the next report."""
+
+    device = "cpu"
+    workers = 1
+
+    def __init__(self) -> None:
+        self._worker: Worker | None = None
+        self._waiting: deque[Segment] = deque()
+        self._running: Iterator[Event] | None = None
+
+    @property
+    def free(self) -> int:
+        """1 when idle: what is submitted later can still be chosen with more knowledge."""
+        return int(self._running is None and not self._waiting)
+
+    def prepare(self, job: Job) -> TaskInfo:
+        """Load the task here; the store is trivially shared."""
+        from orchestrator.pools.worker import Worker, shake_hands
+
+        shake_hands(job, "local")
+        self._worker = Worker(job)
+        return self._worker.info
+
+    def submit(self, segment: Segment) -> None:
+        """Queue a segment for the next call of `completed`."""
+        self._waiting.append(segment)
+
+    def completed(self, timeout_seconds: float) -> Sequence[Event]:
+        """Run on until something is to be reported; with nothing to run, returns at once."""
+        del timeout_seconds  # there is nobody to wait for
+        assert self._worker is not None, "prepare() comes first"
+        if self._running is None:
+            if not self._waiting:
+                return []
+            self._running = self._worker.run(self._waiting.popleft())
+        event = next(self._running)
+        if isinstance(event, Ended):
+            self._running = None
+        return [event]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+if TYPE_CHECKING:
+    from orchestrator.pools.protocol import Pool
+
+    _: Pool = LocalPool()

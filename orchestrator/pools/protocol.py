@@ -1,0 +1,112 @@
+"""What runs segments: the pool's protocol, and the messages between a driver and its workers. Plain data, no ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from orchestrator.graph import Segment
+from orchestrator.tasks.info import TaskInfo
+from orchestrator.tasks.source import Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that a worker must know before its first segment."""
+
+    store_url: str
+    study: str
+    task: Source
+    task_params: Mapping[str, Any]
+    root: str
+    """The folder of the study file, where the task's own files are looked for first."""
+    functions: Mapping[str, Source] = field(default_factory=dict)
+    """Sources of the user's own functions, by the name that the study calls them."""
+    nonce: str = ""
+    """The name of an object that the driver wrote to the store; a worker that cannot read it has another store."""
+    code: str = ""
+    """The digest of the driver's own packages; a worker with another one is a stale image or another package."""
+    evaluate_every: float = 0
+    latency: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reported:
+    """A stage of a segment was run, and its state is stored where that was asked for."""
+
+    segment: int
+    key: str
+    measures: Mapping[str, Any] | None
+    resumable: bool
+    stored: bool
+    steps: int
+    """Optimizer steps run since the last report, for this stage and the unreported ones before it."""
+    seconds: float
+    adopted: bool = False
+    """Somebody else had committed the same state first, and theirs counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A stage could not be done; the segment ends here, and so does everything that waits for the stage."""
+
+    segment: int
+    key: str
+    kind: str
+    """diverged, out of memory, raised, or worker died."""
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A segment's worker is free again."""
+
+    segment: int
+
+
+Event = Reported | Failed | Ended
+
+
+class Pool(Protocol):
+    """Runs segments somewhere, and says what became of each of their stages.
+
+    Events of one segment come in order and end with `Ended`; nothing is said of a segment twice.
+    """
+
+    @property
+    def device(self) -> str:
+        """The device type of every worker: part of what a plan's numbers depend on."""
+        ...
+
+    @property
+    def workers(self) -> int:
+        """How many segments run at the same time."""
+        ...
+
+    @property
+    def free(self) -> int:
+        """How many more segments may be submitted now."""
+        ...
+
+    def prepare(self, job: Job) -> TaskInfo:
+        """Make every worker ready for a study, and describe its task.
+
+        Raises:
+            TaskError: the task is wrong.
+            WorkersUnusable: a worker sees another store, or runs other code.
+        """
+        ...
+
+    def submit(self, segment: Segment) -> None:
+        """Queue a segment; never blocks for long."""
+        ...
+
+    def completed(self, timeout_seconds: float) -> Sequence[Event]:
+        """What happened since the last call; waits until something has, or for the timeout."""
+        ...
+
+    def close(self) -> None:
+        """End the workers that this pool started, and nothing else."""
+        ...

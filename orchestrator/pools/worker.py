@@ -1,0 +1,228 @@
+"""The worker's side: run the stages of a segment, store what is to be stored, say what was measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator import ops
+from orchestrator.code import code_digest
+from orchestrator.errors import NotFinite, StageFailed, WorkersUnusable
+from orchestrator.graph import Segment, Step
+from orchestrator.header import read_header
+from orchestrator.measures.measure import curve_point, measure
+from orchestrator.pools.protocol import Ended, Event, Failed, Job, Reported
+from orchestrator.stages import Stages
+from orchestrator.state import State, from_bytes, to_bytes
+from orchestrator.store.store import Store
+from orchestrator.pruning.criteria import CRITERIA
+from orchestrator.tasks.info import TaskInfo
+from orchestrator.tasks.load import load
+from orchestrator.tasks.source import install_function
+from orchestrator.training import Probe, arithmetic
+
+CACHE_BYTES = 1 << 30
+"""Memory for recent states, so that a child of a state that was just made needs not read it back."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A state with the record of how it came about."""
+
+    state: State
+    lineage: tuple[Mapping[str, Any], ...]
+
+
+class Worker:
+    """Runs segments of one study, one after another, on one device."""
+
+    def __init__(self, job: Job, *, device: str = "cpu", cache_bytes: int = CACHE_BYTES) -> None:
+        self.job = job
+        self.device = device
+        self.store = Store(job.store_url)
+        for name, function in job.functions.items():
+            CRITERIA.bind(name, install_function(function, Path(job.root)))
+        self.loaded = load(job.task, job.task_params, Path(job.root))
+        self.stages = Stages(self.loaded, device)
+        self._cache: OrderedDict[str, _Held] = OrderedDict()
+        self._cache_bytes = cache_bytes
+
+    @property
+    def info(self) -> TaskInfo:
+        """The task as the driver sees it."""
+        return self.loaded.info
+
+    def run(self, segment: Segment) -> Iterator[Event]:
+        """Run the segment's stages in order; the events end with `Ended`, whatever happens."""
+        made: dict[str, _Held] = {}
+        began, steps = time.perf_counter(), 0
+        for step in segment.steps:
+            try:
+                with arithmetic(torch.device(self.device)):
+                    made[step.key], curve = self._run(step, made)
+                    steps += step.steps
+                    if not (step.evaluated or step.stored):
+                        continue
+                    measures = self._measure(step, made[step.key], curve, time.perf_counter() - began)
+                    adopted = step.stored and self._commit(step, made, measures)
+            except Exception as error:  # the user's code may raise anything: it becomes a failed outcome
+                yield _failed(segment, step, error)
+                break
+            yield Reported(
+                segment=segment.number,
+                key=step.key,
+                measures=measures,
+                resumable=step.stored and step.resumable,
+                stored=step.stored,
+                steps=steps,
+                seconds=time.perf_counter() - began,
+                adopted=adopted,
+            )
+            began, steps = time.perf_counter(), 0
+        yield Ended(segment=segment.number)
+
+    def _run(self, step: Step, made: Mapping[str, _Held]) -> tuple[_Held, list[list[float]]]:
+        parents = [made[key] if key in made else self._fetch(key) for key in step.inputs]
+        states = [parent.state for parent in parents]
+        if isinstance(step.op, ops.Train) and step.op.fresh_optimizer and not step.goes_on:
+            states[0] = states[0].without_optimizer()
+        curve: list[list[float]] = []
+        every = round(self.job.evaluate_every * self._steps_per_epoch(step))
+        probe: Probe | None = None
+        if every:
+
+            def probe(position: int, model: torch.nn.Module) -> None:
+                curve.append([position, *curve_point(model, self.loaded)])
+
+        state = self.stages.run(step.op, states, probe, every)
+        return _Held(state, _lineage(step, parents)), curve
+
+    def _steps_per_epoch(self, step: Step) -> int:
+        return self.info.steps_per_epoch(step.op.recipe.batch_size) if isinstance(step.op, ops.Train) else 0
+
+    def _measure(
+        self, step: Step, held: _Held, curve: list[list[float]], seconds: float
+    ) -> dict[str, Any] | None:
+        if not step.evaluated:
+            return None
+        measures = measure(self.stages, held.state, latency=self.job.latency)
+        return measures | {
+            "curve": curve or None,
+            "position_steps": held.state.position,
+            "task_digest": self.info.digest,
+            "device": self.device,
+            "seconds": seconds,
+            "finished_at": time.time(),
+            "versions": {"torch": torch.__version__, "python": platform.python_version(), "cpu": _cpu()},
+        }
+
+    def _commit(self, step: Step, made: dict[str, _Held], measures: Mapping[str, Any] | None) -> bool:
+        """Store the state with its outcome in the header; True when another worker's copy was there first."""
+        held = made[step.key]
+        kept = held.state if step.resumable else replace(held.state, optimizer={})
+        header = {
+            "key": step.key,
+            "resumable": "1" if step.resumable else "0",
+            "outcome": json.dumps(measures),
+            "lineage": json.dumps(held.lineage),
+            "task": self.info.digest,
+        }
+        data = to_bytes(kept, header)
+        adopted = not self.store.states.commit(step.key, data)
+        if adopted:
+            theirs = self.store.states.header(step.key) or {}
+            if step.resumable and theirs.get("resumable") != "1":
+                self.store.states.replace(step.key, data)
+                adopted = False
+            else:
+                made[step.key] = self._read(step.key)
+        self._remember(step.key, made[step.key])
+        return adopted
+
+    def _fetch(self, key: str) -> _Held:
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        held = self._read(key)
+        self._remember(key, held)
+        return held
+
+    def _read(self, key: str) -> _Held:
+        data = self.store.states.read(key)
+        if data is None:
+            raise StageFailed(f"the state {key} is gone from the store {self.store.name}")
+        return _Held(from_bytes(data), tuple(json.loads(read_header(data)["lineage"])))
+
+    def _remember(self, key: str, held: _Held) -> None:
+        self._cache[key] = held
+        self._cache.move_to_end(key)
+        while len(self._cache) > 1 and sum(h.state.nbytes for h in self._cache.values()) > self._cache_bytes:
+            self._cache.popitem(last=False)
+
+
+def shake_hands(job: Job, worker: str) -> None:
+    """Check that this process runs the driver's code and sees the driver's store, and leave a note there.
+
+    Raises:
+        WorkersUnusable: naming this node and what differs.
+    """
+    mine = code_digest()
+    if job.code and mine != job.code:
+        raise WorkersUnusable(
+            f"the worker on {platform.node()} runs other code than the driver ({mine[:12]}, not {job.code[:12]}); "
+            "install the same orchardist there"
+        )
+    if job.nonce:
+        files = Store(job.store_url).files
+        try:
+            nonce = files.read(job.nonce)
+        except FileNotFoundError:
+            raise WorkersUnusable(
+                f"the worker on {platform.node()} does not see the driver's store {job.store_url}: "
+                "the store must be shared storage"
+            ) from None
+        files.write(f"{job.nonce}.{worker}", nonce)
+
+
+def _lineage(step: Step, parents: list[_Held]) -> tuple[Mapping[str, Any], ...]:
+    """Every stage behind the state, each after its parents. A run of training counts once, wherever it was cut."""
+    first = parents[0].lineage[:-1] if step.goes_on else parents[0].lineage if parents else ()
+    before = list(first)
+    for parent in parents[1:]:
+        before += [entry for entry in parent.lineage if entry not in before]
+    ancestors = [entry["key"] for entry in before[-1:]]
+    return (*before, {"key": step.key, **ops.to_plain(step.op), "from": ancestors})
+
+
+def _failed(segment: Segment, step: Step, error: Exception) -> Failed:
+    if isinstance(error, NotFinite):
+        kind = "diverged"
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
+        kind = "out of memory"
+    else:
+        kind = "raised"
+    message = str(error) if isinstance(error, StageFailed) else f"{type(error).__name__}: {error}"
+    return Failed(
+        segment=segment.number,
+        key=step.key,
+        kind=kind,
+        message=message,
+        traceback=traceback.format_exc(),
+    )
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

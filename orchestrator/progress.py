@@ -1,0 +1,138 @@
+"""How a study stands, shown live on a terminal and as plain lines in a log. Everything goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from orchestrator.objectives import Objective
+
+LINE_EVERY_SECONDS = 10.0
+
+
+@dataclass(kw_only=True)
+class Standing:
+    """Counts of a study: what was asked for, what ended, and what sharing has saved."""
+
+    asked: int
+    done: int = 0
+    failed: int = 0
+    running: int = 0
+    epochs_asked: float = 0.0
+    epochs_run: float = 0.0
+    stages_asked: int = 0
+    stages_run: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    last_failure: str = ""
+    dense_failure: str = ""
+
+    def note(self, objectives: Sequence[Objective], values: Sequence[float]) -> None:
+        """Keep the best value that any trial reached, for each objective."""
+        for objective, value in zip(objectives, values, strict=True):
+            old = self.best.get(objective.name)
+            better = old is None or (value > old if objective.direction == "maximise" else value < old)
+            self.best[objective.name] = value if better or old is None else old
+
+    @property
+    def ended(self) -> int:
+        """Trials that need no more work."""
+        return self.done + self.failed
+
+    def says(self) -> str:
+        """One line: trials, epochs run and saved, the best so far."""
+        saved = f", {1 - self.epochs_run / self.epochs_asked:.0%} shared" if self.epochs_asked > self.epochs_run else ""
+        parts = [
+            f"{self.ended}/{self.asked} trials",
+            f"{self.epochs_run:.0f} of {self.epochs_asked:.0f} epochs run{saved}",
+        ]
+        if self.failed:
+            parts.insert(1, f"{self.failed} failed")
+        if self.best:
+            parts.append("best " + ", ".join(f"{name} {value:.4g}" for name, value in self.best.items()))
+        return " · ".join(parts)
+
+
+class Progress(Protocol):
+    """Shows a study's standing while it runs."""
+
+    def show(self, standing: Standing) -> None:
+        """Called often; decides by itself how often to draw."""
+        ...
+
+    def end(self, standing: Standing) -> None:
+        """The study has ended or was interrupted."""
+        ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def show(self, standing: Standing) -> None:
+        """Nothing."""
+
+    def end(self, standing: Standing) -> None:
+        """Nothing."""
+
+
+class Lines:
+    """A plain line every ten seconds, for logs."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._shown_at = time.monotonic()
+
+    def show(self, standing: Standing) -> None:
+        """Print a line when ten seconds have passed."""
+        if time.monotonic() - self._shown_at >= LINE_EVERY_SECONDS:
+            self._shown_at = time.monotonic()
+            print(standing.says(), file=self._stream, flush=True)
+
+    def end(self, standing: Standing) -> None:
+        """Print the last line."""
+        print(standing.says(), file=self._stream, flush=True)
+
+
+class Bar:
+    """A live bar on a terminal, with the time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            BarColumn(24),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task: Any = None
+
+    def show(self, standing: Standing) -> None:
+        """Redraw; rich limits how often."""
+        if self._task is None:
+            self._task = self._bar.add_task("", total=standing.asked, completed=standing.ended)
+            self._bar.start()
+        self._bar.update(self._task, description=standing.says(), total=standing.asked, completed=standing.ended)
+
+    def end(self, standing: Standing) -> None:
+        """Leave one plain line behind."""
+        self._bar.stop()
+        print(standing.says(), file=sys.stderr, flush=True)
+
+
+def progress() -> Progress:
+    """The display that fits stderr: a live bar on a terminal, else lines."""
+    return Bar() if sys.stderr.isatty() else Lines()
+
+
+if TYPE_CHECKING:
+    _silent: Progress = Silent()
+    _lines: Progress = Lines()
+    _bar: Progress = Bar()

@@ -1,0 +1,234 @@
+"""The study file: read, validated, and named by a digest of what decides its results."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from orchestrator.canonical import digest
+from orchestrator.errors import InputError, PlanError, SpecError, UnknownName
+from orchestrator.pruning import criteria
+from orchestrator.settings import Choices, PruneSettings, Section, Settings, TrainSettings, complaints, resolve
+from search.proposer import SAMPLERS
+from search.query import BoundError, parse
+from search.space import Choice, Range, Space, SpaceError, flatten
+from search.space import parse as parse_space
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MOST_MIXES = 4000
+"""How many mixes of choices are tried out before a study starts; larger spaces are checked at their first ones."""
+
+
+class StudySpec(Section):
+    """A study: a task, how to train and prune, what to search and what to optimise.
+
+    Read from TOML with `StudySpec.load(path)`, or built in Python with the same names. A wrong value is a `SpecError`.
+    """
+
+    name: str = Field(description="names the study's folder in the store")
+    task: str = Field(description="a built-in task, a path such as 'my_task.py', or 'package.module'")
+    trials: int = Field(20, ge=0, description="how many proposals to run; enqueued ones count")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="each proposal runs once under each")
+    objectives: tuple[str, ...] = Field(("accuracy", "sparsity"), min_length=1, description="see `list objectives`")
+    sampler: str = Field("tpe", description="see `list samplers`")
+    sampler_seed: int = Field(0, ge=0, description="proposal n is drawn under (sampler_seed, n)")
+    task_params: dict[str, Any] = Field({}, description="arguments of the task function")
+    train: TrainSettings = TrainSettings()
+    prune: PruneSettings = PruneSettings()
+    space: dict[str, Any] = Field({}, description="what the sampler chooses; a list is a choice, a plain value is fixed")
+    constraints: dict[str, str] = Field({}, description="measure -> bound, such as '>= 0.8' or '>= dense - 0.01'")
+    enqueue: tuple[dict[str, Any], ...] = Field((), description="proposals to run first; missing values are sampled")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise SpecError("\n".join(_legal(line) for line in complaints(error)[:2])) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> StudySpec:
+        """Read a TOML study file.
+
+        Raises:
+            SpecError: the file is missing, is no TOML (with the line), or a value is wrong (with its name).
+        """
+        try:
+            text = Path(path).read_text()
+        except OSError as error:
+            raise SpecError(f"cannot read the study file {str(path)!r}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise SpecError(f"{path}: not a text file") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, path: str = "study") -> StudySpec:
+        """The study that a TOML text describes; `path` is for messages."""
+        try:
+            return cls(**tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise SpecError(f"{path}: not valid TOML: {error}") from error
+        except InputError as error:
+            raise SpecError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise ValueError("must be letters, digits, '.', '_' and '-', at most 100, a letter or digit first")
+        return name
+
+    @field_validator("sampler")
+    @classmethod
+    def _sampler(cls, name: str) -> str:
+        if name not in SAMPLERS:
+            raise ValueError(f"unknown sampler. Known: {', '.join(SAMPLERS)}")
+        return name
+
+    @field_validator("seeds", "objectives")
+    @classmethod
+    def _different(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("must not repeat a value")
+        return values
+
+    @field_validator("constraints")
+    @classmethod
+    def _bounds(cls, constraints: dict[str, str]) -> dict[str, str]:
+        for measure, bound in constraints.items():
+            if measure.startswith("test_"):
+                raise ValueError(f"{measure!r}: the test split is only ever reported; legal: {measure[5:]!r}")
+            try:
+                parse(bound, measure=measure)
+            except BoundError as error:
+                raise ValueError(str(error)) from error
+        return constraints
+
+    @model_validator(mode="after")
+    def _searchable(self) -> StudySpec:
+        try:
+            space = parse_space(self.space)
+            for number, entry in enumerate(self.enqueue, start=1):
+                space.validate(flatten(entry), f"enqueue {number}")
+            if self.sampler == "grid":
+                space.grid()
+        except SpaceError as error:
+            raise ValueError(str(error)) from error
+        for name in space.names:
+            _check_space_name(name)
+        return self
+
+    def search_space(self) -> Space:
+        """The parsed `[space]`."""
+        return parse_space(self.space)
+
+    def points(self) -> list[dict[str, Any]]:
+        """The enqueued proposals as flat parameters, in order."""
+        return [self.search_space().validate(flatten(entry), "enqueue") for entry in self.enqueue]
+
+    def functions(self) -> list[str]:
+        """The user's own functions that the study names, as `package.module:function`."""
+        names = self.search_space().possible("criterion") or ()
+        return sorted({name for name in names if isinstance(name, str) and ":" in name})
+
+    def settings(self, params: Mapping[str, Any], code: Mapping[str, str] | None = None) -> Settings:
+        """One proposal's parameters laid over the study's constants; raises PlanError for a mix without sense."""
+        return resolve(self.train, self.prune, params, code)
+
+    def mixes(self) -> list[dict[str, Any]]:
+        """Mixes of choices to try out beforehand: all of them, with ranges at their ends, up to `MOST_MIXES`."""
+        ends = [
+            Choice(name=p.name, values=tuple(dict.fromkeys((p.low, p.high))), when=p.when) if isinstance(p, Range) else p
+            for p in self.search_space().parameters
+        ]
+        return list(islice(Space(parameters=tuple(ends)).grid(), MOST_MIXES))
+
+    def check_mixes(self, code: Mapping[str, str] | None = None) -> list[Settings]:
+        """Refuse a study of whose choices some go together badly.
+
+        Raises:
+            SpecError: the first such mix with the reason; a `when` in the space can exclude it.
+        """
+        settings = []
+        for params in self.mixes():
+            try:
+                settings.append(self.settings(params, code))
+            except PlanError as error:
+                raise SpecError(mix_refused(params, error)) from error
+        return settings
+
+    def digest(self) -> str:
+        """What the study is, apart from how far it is run: trials and enqueued proposals are left out."""
+        plain = self.model_dump(exclude={"trials", "enqueue"}, exclude_defaults=True)
+        return digest(plain)
+
+    def to_toml(self) -> str:
+        """The study as TOML, for studies that were made in Python."""
+        return _toml(self.model_dump(exclude_defaults=True, mode="json") | {"name": self.name, "task": self.task})
+
+
+def mix_refused(params: Mapping[str, Any], error: Exception) -> str:
+    """The line that refuses a mix of choices."""
+    mix = ", ".join(f"{name} = {value!r}" for name, value in params.items())
+    return f"space: {error}\n(for {mix or 'an empty space'}; a `when` can keep choices apart)"
+
+
+def _check_space_name(name: str) -> None:
+    first, _, rest = name.partition(".")
+    if not rest:
+        legal = {*Choices.model_fields, *TrainSettings.model_fields}
+        if name not in legal:
+            raise ValueError(str(UnknownName("parameter in [space]", name, legal)))
+    elif first == "criteria":
+        criterion = rest.rpartition(".")[0]
+        if ":" not in criterion:
+            try:
+                criteria.check_parameters(criterion, {rest.rpartition(".")[2]: None})
+            except InputError as error:
+                raise ValueError(f"space.{name}: {error}") from error
+    elif first != "layers":
+        raise ValueError(f"space.{name}: unknown table [space.{first}]; legal: [space.criteria.NAME], [space.layers.PATTERN]")
+
+
+def _legal(line: str) -> str:
+    """A complaint about an unknown key also says which keys there are."""
+    where, _, message = line.partition(": ")
+    if not message.startswith("extra inputs are not permitted"):
+        return line
+    table, _, key = where.rpartition(".")
+    sections: dict[str, type[Section]] = {"": StudySpec, "train": TrainSettings, "prune": PruneSettings}
+    known = sections[table].model_fields if table in sections else {}
+    place = f"in [{table}]" if table else "at the top level"
+    return str(UnknownName(f"key {place}:", key, known))
+
+
+def _toml(table: Mapping[str, Any], prefix: str = "") -> str:
+    lines, tables = [], []
+    for name, value in table.items():
+        key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
+        if isinstance(value, Mapping):
+            tables.append(f"\n[{prefix}{key}]\n{_toml(value, f'{prefix}{key}.')}")
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            tables += [f"\n[[{prefix}{key}]]\n{_toml(item, f'{prefix}{key}.')}" for item in value]
+        elif value is not None:
+            lines.append(f"{key} = {_toml_value(value)}\n")
+    return "".join([*lines, *tables])
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        import json
+
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)
+
+

@@ -1,0 +1,148 @@
+"""A state: what a stage yields, and its bytes on storage.
+
+A masked tensor is stored as its bit-packed mask and the values of its kept entries, so that a pruned weight cannot come
+back with a value. Everything is safetensors: nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """Weights, buffers, masks and optimizer state at a position in training, all in full coordinates on the CPU.
+
+    Args:
+        weights: parameters and persistent buffers by name; tied parameters once, under their first name.
+        masks: by parameter name, bool and of the parameter's shape; True = kept. A tensor without a mask is dense.
+        optimizer: moments and step counts by `"slot/parameter"`; empty where training would begin with a fresh optimizer.
+        position: optimizer steps since init.
+    """
+
+    weights: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    position: int = 0
+
+    def masked(self) -> State:
+        """The same state with exact (positive) zeros under every mask, in weights and optimizer state."""
+        weights = {name: zeroed(tensor, self.masks.get(name)) for name, tensor in self.weights.items()}
+        optimizer = {name: zeroed(tensor, self._mask_of_slot(name)) for name, tensor in self.optimizer.items()}
+        return replace(self, weights=weights, optimizer=optimizer)
+
+    def without_optimizer(self) -> State:
+        """The same state, to be trained on with a fresh optimizer."""
+        return replace(self, optimizer={})
+
+    def _mask_of_slot(self, slot: str) -> Tensor | None:
+        return self.masks.get(slot.partition("/")[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tensors take."""
+        tensors = [*self.weights.values(), *self.masks.values(), *self.optimizer.values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def zeroed(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """`tensor` with +0.0 where `mask` is False; -0.0 would make equal weights differ in their bytes."""
+    if mask is None or mask.shape != tensor.shape:
+        return tensor
+    return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype))
+
+
+def of_model(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the model's parameters and persistent buffers on the CPU; tied parameters once."""
+    persistent = model.state_dict().keys()
+    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)]
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named}
+
+
+def into_model(weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Copy `weights` into the model in place.
+
+    Raises:
+        ValueError: the names or a shape differ from the model's; the message names the first.
+    """
+    own = dict(model.named_parameters())
+    persistent = model.state_dict().keys()
+    own.update((name, buffer) for name, buffer in model.named_buffers() if name in persistent)  # type: ignore[misc]
+    if own.keys() != weights.keys():
+        name = min(own.keys() ^ weights.keys())
+        raise ValueError(f"the weights do not fit the model: {name!r} is in only one of them")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != weights[name].shape:
+                shapes = f"{tuple(weights[name].shape)}, the model wants {tuple(tensor.shape)}"
+                raise ValueError(f"the weights do not fit the model: {name!r} has shape {shapes}")
+            tensor.copy_(weights[name])
+
+
+def to_bytes(state: State, header: Mapping[str, str] | None = None) -> bytes:
+    """`state` as one safetensors file; `header` goes into its metadata."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state.weights.items():
+        _pack(tensors, "weights/" + name, tensor, state.masks.get(name))
+    for name, mask in state.masks.items():
+        tensors["masks/" + name] = pack_bits(mask)
+        tensors["shapes/" + name] = torch.tensor(mask.shape, dtype=torch.int64)
+    for slot, tensor in state.optimizer.items():
+        _pack(tensors, "optimizer/" + slot, tensor, state.masks.get(slot.partition("/")[2]))
+    return save(tensors, {**(header or {}), "format": FORMAT, "position": str(state.position)})
+
+
+def from_bytes(data: bytes) -> State:
+    """The inverse of `to_bytes`, bit for bit."""
+    from orchestrator.header import read_header
+
+    tensors = load(data)
+    masks = {
+        name.removeprefix("masks/"): unpack_bits(packed, tensors["shapes/" + name.removeprefix("masks/")].tolist())
+        for name, packed in tensors.items()
+        if name.startswith("masks/")
+    }
+    weights = {
+        name.removeprefix("weights/"): _unpack(tensor, masks.get(name.removeprefix("weights/")))
+        for name, tensor in tensors.items()
+        if name.startswith("weights/")
+    }
+    optimizer = {
+        name.removeprefix("optimizer/"): _unpack(tensor, masks.get(name.split("/", 2)[2]))
+        for name, tensor in tensors.items()
+        if name.startswith("optimizer/")
+    }
+    position = int(read_header(data)["position"])
+    return State(weights=weights, masks=masks, optimizer=optimizer, position=position)
+
+
+def _pack(tensors: dict[str, Tensor], name: str, tensor: Tensor, mask: Tensor | None) -> None:
+    kept = tensor[mask] if mask is not None and mask.shape == tensor.shape else tensor
+    tensors[name] = kept.detach().contiguous()
+
+
+def _unpack(kept: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None or kept.dim() == 0:
+        return kept
+    full = torch.zeros(mask.shape, dtype=kept.dtype)
+    full[mask] = kept
+    return full
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool tensor as bytes, eight entries each, first entry in the highest bit."""
+    return torch.from_numpy(np.packbits(mask.numpy().reshape(-1)))
+
+
+def unpack_bits(packed: Tensor, shape: list[int]) -> Tensor:
+    """The inverse of `pack_bits` for a mask of `shape`."""
+    count = int(np.prod(shape))
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=count).astype(bool)).reshape(shape)

@@ -1,0 +1,404 @@
+"""Small, whole files on a local folder or on any fsspec URL.
+
+A file is written at once or not at all: a reader sees the old bytes, the new bytes or no file, whoever is killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import mmap
+import os
+import re
+import secrets
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+from orchestrator.errors import StoreError
+from orchestrator.store import paths
+
+Data: TypeAlias = bytes | memoryview
+
+_LOG = logging.getLogger("orchardist.store")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_CREDENTIALS = re.compile(r"://[^/]*@")
+_NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
+
+# Some network file systems, Windows, and folders that one may write but not read.
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EACCES, errno.EPERM}
+
+
+class Files:
+    """The files under one root. Paths are relative to it, with forward slashes, and come from `paths.py`.
+
+    `url` is a local path (`~` expands, a relative one is resolved once, now) or a URL that fsspec opens. Whatever goes
+    wrong is a `StoreError` of one line without credentials; an absent file is a `FileNotFoundError`.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.url = os.fspath(url)
+        self.name = without_credentials(self.url)
+        """The URL as it may be shown."""
+        if not self.url:
+            raise StoreError("the store's URL is empty: give a folder or a URL such as s3://bucket/folder")
+        scheme = _URL.fullmatch(self.url)
+        chained = "::" in self.url and "://" in self.url
+        self.local = not chained if scheme is None else scheme[1].lower() in ("file", "local")
+        self._backend: _Backend
+        with self._explained("open", ""):
+            if self.local:
+                self._backend = _Folder(scheme[2] if scheme else self.url)
+            elif scheme is not None and scheme[1].lower() == "memory":
+                self._backend = _Memory(self.url)
+            else:
+                self._backend = _Objects(self.url)
+
+    def read(self, path: str) -> bytes:
+        """The whole file. Raises `FileNotFoundError` when it is absent."""
+        with self._explained("read", path):
+            return self._backend.read(_checked(path), 0, None)
+
+    def read_range(self, path: str, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` (exclusive), fewer where the file ends. Raises `FileNotFoundError` as `read` does."""
+        assert 0 <= start <= end, (start, end)
+        with self._explained("read", path):
+            return self._backend.read(_checked(path), start, end)
+
+    def write(self, path: str, data: Data) -> None:
+        """Puts `data` in the place of whatever the file was. Durable on return."""
+        with self._explained("write", path, absent_is_an_error=True):
+            self._backend.write(_checked(path), data)
+
+    def create(self, path: str, data: Data) -> bool:
+        """True when this call made the file, durably; False, and no change, when it exists. One of many writers wins.
+
+        Where a store's answer is lost, equal bytes count as this call's own: data that tell writers apart need a token.
+        """
+        with self._explained("write", path, absent_is_an_error=True):
+            return self._backend.create(_checked(path), data)
+
+    def exists(self, path: str) -> bool:
+        try:
+            self.size(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        """In bytes. Raises `FileNotFoundError` when the file is absent."""
+        with self._explained("read", path):
+            return self._backend.size(_checked(path))
+
+    def list(self, folder: str) -> list[str]:
+        """Sorted names of what lies in the folder now, folders included, hidden ones left out; [] without a folder."""
+        with self._explained("list", folder):
+            try:
+                names = self._backend.list(_checked(folder))
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        # A killed writer's temporary file is hidden, so that it is neither seen nor in anybody's way.
+        return sorted(name for name in names if name and not name.startswith("."))
+
+    def delete(self, path: str) -> None:
+        """Nothing happens when the file is absent."""
+        with self._explained("delete", path), suppress(FileNotFoundError):
+            self._backend.delete(_checked(path))
+
+    def map(self, path: str) -> Data:
+        """The whole file, mapped into memory where it is local: what is not looked at is not read. It stays what it was
+        when it was opened. Raises `FileNotFoundError` when it is absent."""
+        with self._explained("read", path):
+            return self._backend.map(_checked(path))
+
+    def set_aside(self, path: str, why: str, torn: Callable[[bytes], bool]) -> None:
+        """Reports a torn or foreign file and moves it out of the way, unless a whole one has taken its place."""
+        try:
+            data = self.read(path)
+            if not torn(data):
+                return
+            aside = paths.set_aside(path, secrets.token_hex(4))
+            self.write(aside, data)
+            self.delete(path)
+        except FileNotFoundError:
+            return  # somebody else was faster
+        except StoreError as error:  # one who may only read the store can still go on without the file
+            _LOG.warning("%s in the store %s %s; left where it is: %s", path, self.name, why, error)
+        else:
+            _LOG.warning("%s in the store %s %s; moved to %s", path, self.name, why, aside)
+
+    def probe(self) -> None:
+        """Writes, reads and deletes a small file. Raises `StoreError` where one of them does not work."""
+        token = secrets.token_hex(8)
+        path, data = f".probe-{token}", token.encode()
+        self.write(path, data)
+        try:
+            found = self.read(path)
+        except FileNotFoundError:
+            found = b""
+        if found != data:
+            raise StoreError(f"the store {self.name} does not give back what was written to it")
+        self.delete(path)
+
+    @contextmanager
+    def _explained(self, verb: str, path: str, *, absent_is_an_error: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except (StoreError, AssertionError):
+            raise
+        except Exception as error:  # a store's driver raises what it likes: botocore's errors are no OSErrors
+            absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+            if absent and path and not absent_is_an_error:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            line = without_credentials(" ".join(reason.split())) or type(error).__name__
+            what = f"{path} in the store {self.name}" if path else f"the store {self.name}"
+            raise StoreError(f"cannot {verb} {what}: {line}") from error
+
+
+def without_credentials(url: str) -> str:
+    """`user:password@` is left out of every URL in the text."""
+    return _CREDENTIALS.sub("://", url)
+
+
+class _Backend(Protocol):
+    def read(self, path: str, start: int, end: int | None) -> bytes: ...
+    def map(self, path: str) -> Data: ...
+    def write(self, path: str, data: Data) -> None: ...
+    def create(self, path: str, data: Data) -> bool: ...
+    def size(self, path: str) -> int: ...
+    def list(self, folder: str) -> list[str]: ...
+    def delete(self, path: str) -> None: ...
+
+
+class _Folder:
+    """Local, or a mounted network folder. fsspec's own local writes are in place: readers could see a torn file."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(os.path.expanduser(root))
+        if os.path.exists(self.root) and not os.path.isdir(self.root):
+            raise NotADirectoryError(errno.ENOTDIR, "it is not a folder")
+
+    def read(self, path: str, start: int, end: int | None) -> bytes:
+        with open(self._full(path), "rb", buffering=0) as file:
+            file.seek(start)
+            length = (os.fstat(file.fileno()).st_size if end is None else end) - start
+            data = file.read(max(length, 0))
+            # One read call gives at most 2 GiB on Linux.
+            while len(data) < length and (more := file.read(length - len(data))):
+                data += more
+            return data
+
+    def map(self, path: str) -> Data:
+        with open(self._full(path), "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""  # which cannot be mapped
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+    def write(self, path: str, data: Data) -> None:
+        target = self._full(path)
+        temporary = self._temporary(target, data)
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            _unlink(temporary)
+            raise
+        _sync_folder(os.path.dirname(target))
+
+    def create(self, path: str, data: Data) -> bool:
+        target = self._full(path)
+        if os.path.lexists(target):
+            return False
+        temporary = self._temporary(target, data)
+        try:
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                # NFS may lose the reply to a link that it made and refuse the repeated request.
+                if not os.path.samefile(temporary, target):
+                    return False
+            except OSError as error:
+                if error.errno not in _NO_HARD_LINKS:
+                    raise
+                if not _claim_and_replace(temporary, target):
+                    return False
+        finally:
+            _unlink(temporary)
+        _sync_folder(os.path.dirname(target))
+        return True
+
+    def size(self, path: str) -> int:
+        status = os.stat(self._full(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return status.st_size
+
+    def list(self, folder: str) -> list[str]:
+        return os.listdir(self._full(folder))
+
+    def delete(self, path: str) -> None:
+        os.unlink(self._full(path))
+
+    def _full(self, path: str) -> str:
+        return os.path.join(self.root, path)
+
+    def _temporary(self, target: str, data: Data) -> str:
+        """Durable bytes under a unique hidden name beside the target: only within a file system is a rename atomic."""
+        folder = os.path.dirname(target)
+        temporary = os.path.join(folder, f".{secrets.token_hex(12)}.tmp")
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        try:
+            descriptor = os.open(temporary, flags, 0o666)
+        except FileNotFoundError:
+            _make_folder(folder)
+            descriptor = os.open(temporary, flags, 0o666)
+        try:
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+        except BaseException:
+            _unlink(temporary)
+            raise
+        return temporary
+
+
+def _claim_and_replace(temporary: str, target: str) -> bool:
+    """Create-once without hard links: an empty file is the claim, the winner replaces it by the whole one."""
+    try:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        return False
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        _unlink(target)
+        raise
+    return True
+
+
+def _make_folder(folder: str) -> None:
+    if os.path.isdir(folder):
+        return
+    parent = os.path.dirname(folder)
+    _make_folder(parent)
+    with suppress(FileExistsError):
+        os.mkdir(folder)
+    _sync_folder(parent)
+
+
+def _sync_folder(folder: str) -> None:
+    """A new name is durable only once its folder is."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def _unlink(path: str) -> None:
+    with suppress(OSError):
+        os.unlink(path)
+
+
+class _Objects:
+    """Any fsspec file system where one put is atomic, as on object stores."""
+
+    def __init__(self, url: str) -> None:
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped,unused-ignore]  # 70 ms, not for local folders
+
+        # s3fs never forgets a listing: another process's new files would stay unseen.
+        fs, root = url_to_fs(url, use_listings_cache=False)
+        self.fs: Any = fs
+        self.root: str = root.rstrip("/")
+
+    def read(self, path: str, start: int, end: int | None) -> bytes:
+        full = self._full(path)
+        if start == 0 and end is None:
+            return bytes(self.fs.cat_file(full))
+        try:
+            return bytes(self.fs.cat_file(full, start=start, end=end))
+        except FileNotFoundError:
+            raise
+        except Exception:
+            # S3 answers 416 to a range that begins at the end or behind it, an empty object's first byte included.
+            if start < self.size(path):
+                raise
+            return b""
+
+    def map(self, path: str) -> Data:
+        return self.read(path, 0, None)
+
+    def write(self, path: str, data: Data) -> None:
+        self.fs.pipe_file(self._full(path), bytes(data))
+
+    def create(self, path: str, data: Data) -> bool:
+        try:
+            self.fs.pipe_file(self._full(path), bytes(data), mode="create")
+        except OSError:
+            # A lost race is a FileExistsError on some stores and any OSError on others, and a repeated request may
+            # have lost against itself: only what lies there now can tell.
+            try:
+                if self.size(path) != len(data):
+                    return False
+                return self.read(path, 0, None) == data
+            except FileNotFoundError:
+                pass
+            raise
+        return True
+
+    def size(self, path: str) -> int:
+        info = self.fs.info(self._full(path))
+        if info["type"] != "file":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return int(info["size"])
+
+    def list(self, folder: str) -> list[str]:
+        full = self._full(folder)
+        self.fs.invalidate_cache()
+        found = [name.rstrip("/") for name in self.fs.ls(full, detail=False)]
+        # Some stores list a folder's own placeholder object among its contents.
+        return [name.rpartition("/")[2] for name in found if name.strip("/") != full.strip("/")]
+
+    def delete(self, path: str) -> None:
+        self.fs.rm_file(self._full(path))
+
+    def _full(self, path: str) -> str:
+        return f"{self.root}/{path}" if path else self.root
+
+
+class _Memory(_Objects):
+    """This process's own memory, shared by all its `memory://` stores; for tests and the in-process pool."""
+
+    # fsspec's memory is one per process, so its lock must be, too: create looks first and writes then.
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def write(self, path: str, data: Data) -> None:
+        with self._lock:
+            super().write(path, data)
+
+    def create(self, path: str, data: Data) -> bool:
+        with self._lock:
+            if self.fs.isfile(self._full(path)):
+                return False
+            super().write(path, data)
+            return True
+
+    def size(self, path: str) -> int:
+        # fsspec's info walks through every file there is.
+        try:
+            return int(self.fs.store[self._full(path)].size)
+        except KeyError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
+
+
+def _checked(path: str) -> str:
+    assert not path.startswith("/") and ".." not in path.split("/"), f"{path!r} leaves the store's root"
+    return path

@@ -1,0 +1,96 @@
+"""States by their key: safetensors files, each written once, shared by every study of the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from orchestrator.store import paths
+from orchestrator.store.files import Files
+
+_FIRST_READ = 64 * 1024
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+
+
+class States:
+    """The states of one store. A torn or foreign file under a state's name is reported and set aside: it is absent."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+
+    def has(self, key: str) -> bool:
+        """Whether a file stands under the key's name; only `header` and `read` look into it."""
+        return self.files.exists(paths.state(key))
+
+    def header(self, key: str) -> dict[str, str] | None:
+        """The `__metadata__` that was saved with the state, no tensor read; None when the state is absent."""
+        path = paths.state(key)
+        try:
+            start = self.files.read_range(path, 0, _FIRST_READ)
+            size = len(start) if len(start) < _FIRST_READ else self.files.size(path)
+            needed = 8 + int.from_bytes(start[:8], "little")
+            if len(start) < needed <= min(size, 8 + _LONGEST_HEADER):
+                start += self.files.read_range(path, len(start), needed)
+        except FileNotFoundError:
+            return None
+        metadata = parse_metadata(start, size)
+        if metadata is None:
+            self._set_aside(path)
+        return metadata
+
+    def read(self, key: str) -> bytes | None:
+        """The whole file; None when the state is absent."""
+        path = paths.state(key)
+        try:
+            data = self.files.read(path)
+        except FileNotFoundError:
+            return None
+        if parse_metadata(data, len(data)) is None:
+            self._set_aside(path)
+            return None
+        return data
+
+    def commit(self, key: str, data: bytes) -> bool:
+        """True when `data` is now the key's state; False when one was committed before, which the caller adopts."""
+        assert parse_metadata(data, len(data)) is not None, f"not a whole safetensors file: {key}"
+        path = paths.state(key)
+        if self.files.create(path, data):
+            return True
+        # Looking into the file that is in the way sets it aside if it is torn; whole, it is the earlier state.
+        return self.header(key) is None and self.files.create(path, data)
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Puts a better file, such as one with the optimizer kept, in the place of the key's state."""
+        assert parse_metadata(data, len(data)) is not None, f"not a whole safetensors file: {key}"
+        self.files.write(paths.state(key), data)
+
+    def delete(self, key: str) -> None:
+        """Nothing happens when the state is absent."""
+        self.files.delete(paths.state(key))
+
+    def keys(self) -> Iterator[str]:
+        """Every key with a file, in order; states that come or go meanwhile may be missed."""
+        for folder in self.files.list(paths.STATES):
+            for name in self.files.list(f"{paths.STATES}/{folder}"):
+                key = paths.state_key(name)
+                if key is not None and key[:2] == folder:
+                    yield key
+
+    def _set_aside(self, path: str) -> None:
+        self.files.set_aside(path, "is no whole safetensors file", lambda data: parse_metadata(data, len(data)) is None)
+
+
+def parse_metadata(data: bytes, size: int) -> dict[str, str] | None:
+    """The `__metadata__` in the first bytes of a safetensors file of `size` bytes, {} if it has none; None if the
+    header is not one or the tensors that it declares do not end where the file does."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > _LONGEST_HEADER or len(data) < 8 + length:
+        return None
+    try:
+        header = json.loads(data[8 : 8 + length])
+        metadata = header.pop("__metadata__", {})
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        texts = all(isinstance(text, str) for text in metadata.values())
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return None
+    return metadata if texts and 8 + length + end == size else None

@@ -1,0 +1,76 @@
+"""One store: the states that all studies share, and each study's folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.store import paths
+from orchestrator.store.files import Files
+from orchestrator.store.states import States
+
+if TYPE_CHECKING:
+    from orchestrator.store.ledger import Ledger
+
+_LOG = logging.getLogger("orchardist.store")
+
+
+class Store:
+    """What lies under one URL: a local folder or anything that fsspec opens. Nothing is written before it is asked for.
+
+    `url` is as given, `name` the same without credentials, for messages. Errors are `StoreError`s. pyarrow is imported
+    with the first ledger or table, so that a worker, which only needs states, starts without it.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.files = Files(url)
+        self.states = States(self.files)
+        self.url = self.files.url
+        self.name = self.files.name
+
+    def study_exists(self, name: str) -> bool:
+        """Raises `StoreError` for a name that no study can have."""
+        return self.files.exists(paths.study_meta(name))
+
+    def studies(self) -> list[str]:
+        """The names of the studies, sorted."""
+        names = self.files.list(paths.STUDIES)
+        return [name for name in names if paths.is_study(name) and self.study_exists(name)]
+
+    def read_study(self, name: str) -> tuple[str, dict[str, Any]] | None:
+        """The study file's text and what was noted beside it; None when there is no such study."""
+        try:
+            meta = self.files.read(paths.study_meta(name))
+            text = self.files.read(paths.study_toml(name))
+        except FileNotFoundError:
+            return None
+        try:
+            found = json.loads(meta)
+            if isinstance(found, dict):
+                return text.decode(), found
+        except ValueError:
+            pass
+        _LOG.warning("%s in the store %s is not a study's; skipped", paths.study(name), self.name)
+        return None
+
+    def write_study(self, name: str, toml_text: str, meta: Mapping[str, Any]) -> None:
+        """Puts the study file and what is to be noted beside it in the place of earlier ones."""
+        data = json.dumps(dict(meta), sort_keys=True, allow_nan=False).encode()
+        # The notes come last: a study counts from them on, so that it is never half there.
+        self.files.write(paths.study_toml(name), toml_text.encode())
+        self.files.write(paths.study_meta(name), data)
+
+    def ledger(self, name: str, epoch: int) -> Ledger:
+        """The pen of the study's driver under its lease's epoch."""
+        from orchestrator.store.ledger import Ledger
+
+        return Ledger(self.files, name, epoch)
+
+    def table(self, name: str, kind: str, columns: Sequence[str] | None = None) -> Any:
+        """A `pyarrow.Table` of the study's outcomes, proposals or events; see `ledger.read`."""
+        from orchestrator.store import ledger
+
+        return ledger.read(self.files, name, kind, columns)

