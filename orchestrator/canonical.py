@@ -1,4 +1,4 @@
-"""One canonical form of plain data, for every digest: what defaults say is left out, so a new no-op field changes nothing."""
+"""One canonical form of plain data, for every digest. A field that equals its default is left out, so a new one is free."""
 
 from __future__ import annotations
 

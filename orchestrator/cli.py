@@ -17,6 +17,7 @@ from orchestrator.errors import InputError, OrchardistError, WorkersUnusable
 
 if TYPE_CHECKING:
     from orchestrator.front import Front
+    from orchestrator.pools.protocol import Pool
     from orchestrator.study import Study
 
 app = typer.Typer(
@@ -38,13 +39,15 @@ class Format(StrEnum):
 
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="the study file (TOML)")]
-StudyName = Annotated[str, typer.Argument(metavar="STUDY|NAME", help="a study file, or the name of a study in the store")]
+StudyName = Annotated[str, typer.Argument(metavar="STUDY|NAME", help="a study file, or a study's name")]
 StoreUrl = Annotated[
     str, typer.Option("--store", metavar="URL", envvar="ORCHARDIST_STORE", help="a folder or any fsspec URL")
 ]
 Formatted = Annotated[Format, typer.Option("--format", help="json prints one document on stdout, nothing else")]
 Where = Annotated[list[str], typer.Option("--where", metavar="BOUND", help='such as "accuracy >= 0.95"; repeatable')]
-Minimise = Annotated[str | None, typer.Option("--minimise", metavar="MEASURE", help="then the best one by this measure")]
+Minimise = Annotated[
+    str | None, typer.Option("--minimise", metavar="MEASURE", help="then the one with the least of it")
+]
 DEFAULT_STORE = "./orchard"
 
 
@@ -52,7 +55,7 @@ DEFAULT_STORE = "./orchard"
 def run(
     study: StudyFile,
     store: StoreUrl = DEFAULT_STORE,
-    workers: Annotated[int | None, typer.Option(min=1, help="worker processes; default: as many as there is room for")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="worker processes; default: all there is room for")] = None,
     address: Annotated[str | None, typer.Option(help="join a running Ray cluster from one of its nodes")] = None,
     gpus_per_worker: Annotated[
         float | None, typer.Option(min=0, help="share of a GPU for each worker; 0 forces the CPU")
@@ -70,19 +73,17 @@ def run(
         raise InputError(f"--store {store}: memory lives in one process; legal with workers: a folder or another URL")
     if local and (workers or address or gpus_per_worker):
         raise InputError("--local runs in this process: legal without --workers, --address and --gpus-per-worker")
-    pool: Any
-    if local:
-        from orchestrator.pools.local import LocalPool
 
-        pool = LocalPool()
-    else:
+    def pool() -> Pool:
+        if local:
+            from orchestrator.pools.local import LocalPool
+
+            return LocalPool()
         from orchestrator.pools.ray import RayPool
 
-        pool = RayPool(workers, address=address, gpus_per_worker=gpus_per_worker)
-    try:
-        standing = opened.run(pool, progress=progress(), accept_task_change=accept_task_change)
-    finally:
-        pool.close()
+        return RayPool(workers, address=address, gpus_per_worker=gpus_per_worker)
+
+    standing = opened.run(pool, progress=progress(), accept_task_change=accept_task_change)
     if standing.failed:
         print(f"{standing.failed} trials failed; the last: {standing.last_failure}", file=sys.stderr)
     if not standing.done:
@@ -122,7 +123,7 @@ def front(
     store: StoreUrl = DEFAULT_STORE,
     where: Where = [],  # noqa: B006 typer wants a list
     minimise: Minimise = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw the front, with the dense model marked")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="draw the front and the dense model")] = None,
     format: Formatted = Format.table,
 ) -> None:
     """The models that no other model beats in every objective."""
@@ -136,13 +137,13 @@ def front(
     if format is Format.json:
         _print_json(found.as_json())
     else:
-        _print_rows(_front_rows(found), format)
+        _print_rows(_front_rows(found, whole=format is Format.csv), format)
 
 
 @app.command()
 def fetch(
     study: StudyName,
-    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="from `front`; default: the knee of the front")] = None,
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="as `front` shows it; default: the knee")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="the folder to write into")] = ...,  # type: ignore[assignment]
     store: StoreUrl = DEFAULT_STORE,
     where: Where = [],  # noqa: B006 typer wants a list
@@ -167,7 +168,7 @@ def fetch(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="criteria, scopes, allocations, structures, schedules, …")],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="criteria, scopes, structures, schedules, …")],
     format: Formatted = Format.table,
 ) -> None:
     """Every choice of a kind, with a line of what it is."""
@@ -208,11 +209,19 @@ def main() -> None:
     except OrchardistError as error:
         _end(str(error), 1)
     except KeyboardInterrupt:
-        again = shlex.join(["orchardist", *sys.argv[1:]])
-        _end(f"stopped; nothing finished is lost. To go on:\n  {again}", 130)
+        _interrupted()
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of an interrupt within a command
+            _interrupted()
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _interrupted() -> NoReturn:
+    again = shlex.join(["orchardist", *sys.argv[1:]])
+    _end(f"stopped; nothing finished is lost. To go on:\n  {again}", 130)
 
 
 def _end(message: str, code: int) -> NoReturn:
@@ -241,22 +250,23 @@ def _builtin_tasks() -> Sequence[str]:
     return list(BUILTIN)
 
 
-def _front_rows(found: Front) -> list[dict[str, Any]]:
-    """The front as rows, the dense model last; every objective and its test twin, then the size."""
+def _front_rows(found: Front, *, whole: bool = False) -> list[dict[str, Any]]:
+    """The front as rows, the dense model last; every objective and its test twin, then the size. `whole` keys."""
     names = list(dict.fromkeys(objective.column for objective in found.objectives))
     shown = list(dict.fromkeys([n for name in names for n in (name, f"test_{name}")] + ["sparsity", "nonzero_params"]))
+    length = None if whole else 12
     rows = []
     for index, point in enumerate(found.points):
         params = ", ".join(str(value) for value in point["params"].values())
         mark = " <- knee" if index == found.knee and len(found.points) > 1 else ""
         rows.append(
-            {"key": point["key"][:12], "trial": point["trial"], "round": point["round"], "n": point["n"]}
+            {"key": point["key"][:length], "trial": point["trial"], "round": point["round"], "n": point["n"]}
             | {name: point[name] for name in shown if name in point}
             | {"params": params + mark}
         )
     if found.dense is not None:
         rows.append(
-            {"key": found.dense["key"][:12], "trial": "dense", "round": 0, "n": found.dense["n"]}
+            {"key": found.dense["key"][:length], "trial": "dense", "round": 0, "n": found.dense["n"]}
             | {name: found.dense[name] for name in shown if name in found.dense}
             | {"params": "the unpruned model"}
         )
@@ -295,5 +305,3 @@ def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-

@@ -4,42 +4,49 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from orchestrator import history
 from orchestrator.canonical import digest
-from orchestrator.errors import PlanError
+from orchestrator.errors import InputError, StoreError
+from orchestrator.front import column_of
 from orchestrator.graph import Facts, Graph, Segment
 from orchestrator.history import History
 from orchestrator.objectives import Objective
 from orchestrator.outcome import DENSE_TRIAL
 from orchestrator.plan import Plan, dense_plan, trial_plan
-from orchestrator.pools.protocol import Ended, Failed, Pool, Reported
+from orchestrator.pools.protocol import Ended, Event, Failed, Pool, Reported
 from orchestrator.progress import Progress, Silent, Standing
-from orchestrator.settings import Settings
 from orchestrator.spec import StudySpec
 from orchestrator.store.lease import Lease
 from orchestrator.store.store import Store
 from orchestrator.tasks.info import TaskInfo
 from search.proposer import LEARNS, Ahead, Proposal, make
 from search.query import Bound, constraint, parse
-from search.space import Space
 
 _LOG = logging.getLogger("orchardist.driver")
 
 FLUSH_SECONDS = 0.25
 """What was measured waits at most this long to become durable; a state's header has a copy all the while."""
 
-AHEAD = 64
+_BEAT_SECONDS = 1.0
+
+AHEAD = 128
 """Trials under way at a time for samplers that look at no result; those that learn get two for each worker."""
 
 Values = tuple[float | None, ...]
+Rounds = dict[int, tuple[list[float], dict[str, float]]]
+"""By round: the objectives' values, and how far each bound is violated; NaN for what has no number."""
 
 
 @dataclass
@@ -90,16 +97,20 @@ class Driver:
         self.space = self.spec.search_space()
         self.bounds: list[Bound] = [parse(text, measure=name) for name, text in self.spec.constraints.items()]
         self.columns = list(
-            dict.fromkeys([*(o.column for o in setting.objectives), *(column(b.measure, setting) for b in self.bounds)])
+            dict.fromkeys([*(o.column for o in setting.objectives), *(column_of(b.measure) for b in self.bounds)])
         )
         self._values: dict[str, Values] = {
             key: tuple(values.values()) for key, values in history.measured(store, self.spec.name, self.columns)
         }
+        if len(self._values) < past.outcomes:
+            _LOG.warning("outcomes of the study %s are missing; they are looked for in the states", self.spec.name)
+            past.endings.clear()
         self._owners: dict[str, tuple[int, int, int, Mapping[str, Any]]] = {}
         self._trials: dict[int, _Trial] = {}
         self._waiting_for: dict[str, set[int]] = {}
         self._dense: _Trial | None = None
         self._complete: deque[int] = deque()
+        self._finished = False
         self._segments: dict[int, Segment] = {}
         self._rows: dict[str, list[dict[str, Any]]] = {"proposals": [], "outcomes": [], "events": []}
         self._flushed_at = time.monotonic()
@@ -115,6 +126,9 @@ class Driver:
             stages_asked=sum(e.stages for e in past.endings.values() if e.state == "done"),
             stages_run=past.stages_run,
         )
+        for ended in past.endings.values():
+            if ended.state == "done" and ended.values is not None:
+                self.standing.note(setting.objectives, ended.values)
 
     def run(self) -> Standing:
         """Run until every asked-for trial has ended. What is recorded stays recorded, however this ends."""
@@ -132,31 +146,37 @@ class Driver:
         )
         to_ask = max(0, self.spec.trials - len(self.past.proposals))
         resumed = deque(self.past.unfinished())
-        with Ahead(proposer, max(1, min(window, to_ask))) as ahead:
+        with _beating(self.lease), Ahead(proposer, max(1, min(window, to_ask))) as ahead:
             self._ahead = ahead
             try:
-                self._begin_dense()
+                with _uninterrupted():
+                    self._begin_dense()
                 while True:
-                    while resumed and len(self._trials) < window:
-                        number = resumed.popleft()
-                        self._begin(Proposal(number=number, params=self.past.proposals[number][0], attrs={}))
-                    if not resumed and to_ask:
-                        room = min(window - len(self._trials), to_ask)
-                        idle = not self._segments and not self._trials and not self._complete
-                        asked = ahead.take(room, wait=idle) if room > 0 else []
+                    asked: list[Proposal] = []
+                    room = min(window - len(self._trials) - len(resumed), to_ask)
+                    # A sampler that looks at no result is asked for many proposals, to be recorded at once.
+                    if room > 0 and (learns or room >= min(window // 2, to_ask)):
+                        asked = self._ask(room, patient=not learns or not self._trials)
                         to_ask = 0 if ahead.exhausted and not asked else to_ask - len(asked)
+                    with _uninterrupted():
+                        while resumed and len(self._trials) < window:
+                            number = resumed.popleft()
+                            self._begin(Proposal(number=number, params=self.past.proposals[number][0], attrs={}))
                         self._propose(asked)
-                    self._submit()
-                    self._settle()
+                        self._submit()
+                        self._settle()
                     if not (self._segments or self._trials or resumed or to_ask or self._complete):
+                        self._finished = True
                         break
-                    self._hear()
-                    self._settle()
-                    self._record()
-                    self.lease.beat()
+                    events = self.pool.completed(FLUSH_SECONDS)
+                    with _uninterrupted():
+                        self._hear(events)
+                        self._settle()
+                        self._record()
                     self.progress.show(self.standing)
             finally:
-                self._end()
+                with _uninterrupted():
+                    self._end()
         return self.standing
 
     def _begin_dense(self) -> None:
@@ -174,6 +194,16 @@ class Driver:
         epochs = self.space.possible("rewind_epoch") or ()
         rewinds = "rewind" in (self.space.possible("retrain") or ())
         return sorted({float(epoch) for epoch in epochs if epoch}) if rewinds and len(epochs) <= 32 else []
+
+    def _ask(self, most: int, *, patient: bool) -> list[Proposal]:
+        """At most `most` proposals: those that are ready, or all of them for the patient."""
+        asked: list[Proposal] = []
+        while len(asked) < most:
+            more = self._ahead.take(most - len(asked), wait=patient)
+            if not more:
+                break
+            asked += more
+        return asked
 
     def _propose(self, proposals: Sequence[Proposal]) -> None:
         """Record proposals durably, then begin them."""
@@ -195,7 +225,7 @@ class Driver:
             trial.plans = [
                 trial_plan(settings, seed, self.setting.info, device=self.pool.device) for seed in self.spec.seeds
             ]
-        except PlanError as error:
+        except InputError as error:
             trial.failure = f"refused: {error}"
             self._trials[trial.number] = trial
             self._complete.append(trial.number)
@@ -204,9 +234,11 @@ class Driver:
 
     def _add(self, trial: _Trial) -> None:
         self._trials[trial.number] = trial
+        self.standing.running = sum(number != DENSE_TRIAL for number in self._trials)
         for seed, plan in zip(self.spec.seeds, trial.plans, strict=True):
             for number, key in plan.points:
-                self._owners.setdefault(key, (trial.number, number, seed, trial.params))
+                if key not in self._values:
+                    self._owners.setdefault(key, (trial.number, number, seed, trial.params))
             self.graph.add(plan, self._facts)
             for _, key in plan.points:
                 if self.graph.failed(key):
@@ -218,11 +250,13 @@ class Driver:
             self._complete.append(trial.number)
 
     def _facts(self, key: str) -> Facts:
-        """What the ledger and the store know of a key. An outcome in a state's header is taken over from there."""
+        """What the ledger and the store know of a key. An outcome in a state's header is taken over from there, if it
+        has what this study asks for: another one may have measured less."""
         header = self.store.states.header(key) or {}
-        outcome = json.loads(header.get("outcome", "null"))
-        if key not in self._values and outcome is not None and key in self._owners:
-            self._outcome(key, outcome)
+        if key not in self._values and key in self._owners:
+            outcome = json.loads(header.get("outcome", "null"))
+            if outcome is not None and None not in self._asked_of(outcome):
+                self._outcome(key, outcome)
         return Facts(known=key in self._values, present=bool(header), resumable=header.get("resumable") == "1")
 
     def _submit(self) -> None:
@@ -233,8 +267,8 @@ class Driver:
                 if not self.pool.free:
                     break
 
-    def _hear(self) -> None:
-        for event in self.pool.completed(FLUSH_SECONDS):
+    def _hear(self, events: Sequence[Event]) -> None:
+        for event in events:
             match event:
                 case Reported():
                     self._reported(event)
@@ -249,6 +283,8 @@ class Driver:
         stages = sum(step.key not in {s.key for s in left.steps} for step in segment.steps)
         self._segments[event.segment] = left
         epochs = self._epochs_of(segment, event)
+        if event.found:
+            epochs, stages = 0.0, 0
         self.standing.epochs_run += epochs
         self.standing.stages_run += stages
         self._event("work", key=event.key, detail={"epochs": epochs, "stages": stages, "seconds": event.seconds})
@@ -279,14 +315,17 @@ class Driver:
         self._rows["outcomes"].append(
             {**measures, "key": key, "trial": trial, "round": number, "seed": seed, "params": params}
         )
+        self._values[key] = self._asked_of(measures)
+
+    def _asked_of(self, measures: Mapping[str, Any]) -> Values:
+        """The measures that this study's objectives and bounds look at."""
         metrics = measures.get("metrics") or {}
-        self._values[key] = tuple(measures.get(name, metrics.get(name)) for name in self.columns)
+        return tuple(measures.get(name, metrics.get(name)) for name in self.columns)
 
     def _failed(self, event: Failed) -> None:
         reason = f"{event.kind}: {event.message}"
         self._event("stage failed", key=event.key, detail={"reason": reason, "traceback": event.traceback})
         for key in self.graph.fail(event.key):
-            self._owners.pop(key, None)
             for number in self._waiting_for.pop(key, ()):
                 trial = self._trials.get(number)
                 if trial is not None and not trial.failure:
@@ -304,14 +343,18 @@ class Driver:
             for key in trial.missing:
                 self._waiting_for.get(key, set()).discard(number)
             del self._trials[number]
+            self.standing.running = sum(number != DENSE_TRIAL for number in self._trials)
             for plan in trial.plans:
                 self.graph.release(plan)
             if number == DENSE_TRIAL:
                 self._settle_dense(trial)
-            elif trial.failure:
-                self._settle_failed(trial)
             else:
-                self._settle_done(trial)
+                rounds = {} if trial.failure else self._points(trial)
+                trial.failure = trial.failure or self._without_a_number(rounds)
+                if trial.failure:
+                    self._settle_failed(trial)
+                else:
+                    self._settle_done(trial, rounds)
 
     def _dense_is_missing(self) -> bool:
         """Whether a bound is relative to the dense model and that is not measured yet."""
@@ -329,8 +372,7 @@ class Driver:
         self._event("failed", trial=trial.number, detail={"reason": trial.failure})
         self._ahead.tell(trial.number, None, state="failed")
 
-    def _settle_done(self, trial: _Trial) -> None:
-        rounds = self._points(trial)
+    def _settle_done(self, trial: _Trial, rounds: Rounds) -> None:
         last = max(rounds)
         values, constraints = rounds[last]
         self.standing.done += 1
@@ -339,11 +381,14 @@ class Driver:
         self._event(
             "done",
             trial=trial.number,
-            detail={"values": values, "constraints": constraints, "epochs": trial.epochs, "stages": trial.stages},
+            detail={
+                "values": values,
+                "constraints": constraints,
+                "epochs": trial.epochs,
+                "stages": trial.stages,
+                "outcomes": len(self._values),
+            },
         )
-        if any(value is None for value in values):
-            self._ahead.tell(trial.number, None, state="failed")
-            return
         self._ahead.tell(trial.number, values, constraints=constraints)
         self.standing.note(self.setting.objectives, values)
         if self.spec.sampler in LEARNS:
@@ -356,7 +401,9 @@ class Driver:
     ) -> None:
         """Under a rate or a threshold the first rounds of a trial are the shorter trial, where the space has it."""
         possible = self.space.possible("rounds") or ()
-        if "sparsity" in trial.params or rounds not in possible or None in values:
+        if "sparsity" in trial.params or rounds not in possible:
+            return
+        if not all(map(math.isfinite, [*values, *constraints.values()])):
             return
         params = trial.params | {"rounds": rounds}
         name = digest(params)
@@ -367,30 +414,43 @@ class Driver:
                 "shorter", trial=trial.number, detail={"params": params, "values": values, "constraints": constraints}
             )
 
-    def _points(self, trial: _Trial) -> dict[int, tuple[list[float], dict[str, float]]]:
-        """By round: the objectives' values, and how far each bound is violated; means over the seeds."""
+    def _points(self, trial: _Trial) -> Rounds:
+        """What the trial reached after each of its rounds; means over the seeds."""
         by_round: dict[int, list[Values]] = {}
         for plan in trial.plans:
             for number, key in plan.points:
                 by_round.setdefault(number, []).append(self._values[key])
         dense = self._dense_means()
-        found = {}
+        found: Rounds = {}
         for number, rows in by_round.items():
-            means = dict(zip(self.columns, _means(rows), strict=True))
+            means = self._means(rows)
             values = [means[objective.column] for objective in self.setting.objectives]
-            violations = {
-                str(bound): constraint(bound, _number(means[column(bound.measure, self.setting)]), dense.get(bound.measure))
-                for bound in self.bounds
-            }
-            found[number] = values, violations
+            found[number] = values, {str(bound): _violation(bound, means, dense) for bound in self.bounds}
         return found
 
+    def _without_a_number(self, rounds: Rounds) -> str:
+        """Why a trial that was measured cannot be judged all the same; empty when it can."""
+        values, violations = rounds[max(rounds)]
+        for objective, value in zip(self.setting.objectives, values, strict=True):
+            if not math.isfinite(value):
+                return f"the objective {objective.name} came out as {value}, which is no number to search by"
+        for bound, violation in violations.items():
+            if not math.isfinite(violation):
+                return f"the constraint {bound} cannot be judged: its measure or the dense model's is missing"
+        return ""
+
     def _dense_means(self) -> dict[str, float]:
-        if self._dense is None or not all(k in self._values for plan in self._dense.plans for _, k in plan.points):
-            return {}
-        rows = [self._values[key] for plan in self._dense.plans for _, key in plan.points]
-        means = dict(zip(self.columns, _means(rows), strict=True))
-        return {b.measure: _number(means[column(b.measure, self.setting)]) for b in self.bounds}
+        """The dense model's measures by column; nothing if a seed of it has failed."""
+        assert self._dense is not None
+        keys = [key for plan in self._dense.plans for _, key in plan.points]
+        return self._means([self._values[key] for key in keys]) if all(key in self._values for key in keys) else {}
+
+    def _means(self, rows: Sequence[Values]) -> dict[str, float]:
+        """Means over seeds by column; NaN where a seed has no number."""
+        return {
+            name: fmean(math.nan if value is None else value for value in values)
+            for name, values in zip(self.columns, zip(*rows, strict=True), strict=True)
+        }
 
     def _event(self, event: str, *, trial: int | None = None, key: str = "", detail: Mapping[str, Any]) -> None:
         self._rows["events"].append(
@@ -414,26 +474,60 @@ class Driver:
             self._compaction = self._compactor.submit(self.ledger.compact)
 
     def _end(self) -> None:
-        self._event("ended", detail={"done": self.standing.done, "failed": self.standing.failed})
-        self._record(at_once=True)
-        self._compactor.shutdown()
-        self.ledger.compact()
-        self.progress.end(self.standing)
+        detail = {"done": self.standing.done, "failed": self.standing.failed, "finished": self._finished}
+        self._event("ended", detail=detail)
+        try:
+            self._record(at_once=True)
+            self._compactor.shutdown()
+            self.ledger.compact()
+        finally:
+            self._compactor.shutdown(wait=False)
+            self.progress.end(self.standing)
 
 
-def column(measure: str, setting: Setting) -> str:
-    """The ledger's column for a measure that a bound names; an objective's name means the objective's column."""
-    from orchestrator.objectives import OBJECTIVES
-
-    return OBJECTIVES[measure].column if measure in OBJECTIVES else measure
-
-
-def _means(rows: Sequence[Values]) -> list[float]:
-    return [
-        fmean(present) if len(present := [v for v in values if v is not None]) == len(values) else None  # type: ignore[misc]
-        for values in zip(*rows, strict=True)
-    ]
+def _violation(bound: Bound, means: Mapping[str, float], dense: Mapping[str, float]) -> float:
+    """How far means are beyond a bound; NaN where there is no telling."""
+    name = column_of(bound.measure)
+    reference = dense.get(name, math.nan) if bound.factor else None
+    if math.isnan(means[name]) or (reference is not None and math.isnan(reference)):
+        return math.nan
+    return constraint(bound, means[name], reference)
 
 
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done, so that what is noted is written whole and once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def _beating(lease: Lease) -> Iterator[None]:
+    """Show other drivers that this one is alive, however long a stage in this process takes."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while True:
+            try:
+                lease.beat()
+            except StoreError as error:
+                _LOG.warning("the lease could not be renewed: %s", error)
+            if over.wait(_BEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

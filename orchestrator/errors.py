@@ -1,16 +1,16 @@
 """Every error that Orchardist raises on purpose.
 
-    OrchardistError
-    ├── InputError (a ValueError)      what the user wrote is wrong: exit code 2
-    │   ├── SpecError                  the study file
-    │   ├── TaskError                  the task file, its model or its data
-    │   ├── PlanError                  a mix of choices that makes no sense, with the reason
-    │   ├── UnknownName                a name that no registry knows
-    │   ├── QueryError                 a bound or a key that cannot be answered
-    │   └── StoreError                 a store that cannot be opened, read or written
-    ├── StageFailed                    one trial's work went wrong: a failed outcome, the study goes on
-    │   └── NotFinite                  a loss, a weight or a score became NaN or infinite
-    └── WorkersUnusable                workers do not share the driver's store or code: exit code 2
+OrchardistError
+├── InputError (a ValueError)      what the user wrote is wrong: exit code 2
+│   ├── SpecError                  the study file
+│   ├── TaskError                  the task file, its model or its data
+│   ├── PlanError                  a mix of choices that makes no sense, with the reason
+│   ├── UnknownName                a name that no registry knows
+│   ├── QueryError                 a bound or a key that cannot be answered
+│   └── StoreError                 a store that cannot be opened, read or written
+├── StageFailed                    one trial's work went wrong: a failed outcome, the study goes on
+│   └── NotFinite                  a loss, a weight or a score became NaN or infinite
+└── WorkersUnusable                workers do not share the driver's store or code: exit code 2
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class UnknownName(InputError):
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
         names = sorted(known)
         close = get_close_matches(str(name), names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        super().__init__(f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}")
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        super().__init__(f"unknown {kind} {name!r}{hint} Known: {', '.join(names) or 'none'}")
 
 
 class QueryError(InputError):

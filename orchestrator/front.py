@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from orchestrator.outcome import DENSE_TRIAL, MEASURES
 from orchestrator.store.store import Store
 from search import pareto
 from search.query import Bound, BoundError, nearest_miss, parse, satisfied
+
+if TYPE_CHECKING:
+    from orchestrator.store.ledger import Outcomes
 
 Columns = dict[str, NDArray[np.float64]]
 
@@ -28,6 +31,7 @@ class Points:
     rounds: NDArray[np.int64]
     columns: Columns
     dense: dict[str, float]
+    dense_rows: list[int]
     rows: list[NDArray[np.int64]] | NDArray[np.int64]
     """The rows of the outcome table behind each point."""
 
@@ -72,22 +76,24 @@ def front(
         objectives: what is good.
         seeds: how many seeds a point must have been measured under.
         where: bounds such as "accuracy >= dense - 0.01", all of which a point must keep.
-        minimise: then give only the best point by this measure ("maximise" for measures of which more is better).
+        minimise: then give only the point with the least of this measure.
         constraints: the study's own bounds.
 
     Raises:
-        QueryError: a bound on an unknown measure, or bounds that nothing meets (with the nearest miss).
+        QueryError: a measure that is unknown or was not measured, or bounds that nothing meets (with the nearest).
     """
     bounds = [_bound(text) for text in where]
     bounds += [parse(text, measure=name) for name, text in (constraints or {}).items()]
     wanted = [o.column for o in objectives] + [column_of(b.measure) for b in bounds]
     wanted += [column_of(minimise)] if minimise else []
-    points = read_points(store, study, list(dict.fromkeys(wanted)), seeds)
+    outcomes = store.outcomes(study)
+    points = read_points(outcomes, list(dict.fromkeys(wanted)), seeds)
     kept = _kept(points, bounds, constraints or {}, where)
     if minimise is not None:
         values = points.columns[column_of(minimise)][kept]
-        best = np.argmax(values) if _more_is_better(minimise) else np.argmin(values)
-        chosen = kept[[int(best)]] if len(kept) else kept
+        if len(kept) and np.isnan(values).all():
+            raise QueryError(f"{minimise!r} was not measured in the study {study!r}")
+        chosen = kept[[int(np.nanargmin(values))]] if len(kept) else kept
     else:
         values = np.column_stack([points.columns[o.column][kept] for o in objectives])
         chosen = kept[pareto.front(values, [o.direction for o in objectives])]
@@ -97,24 +103,24 @@ def front(
     return Front(
         study=study,
         objectives=tuple(objectives),
-        dense=_describe_dense(store, study, seeds),
-        points=tuple(_describe(store, study, points, chosen, objectives)),
+        dense=_describe_dense(outcomes, points),
+        points=tuple(_describe(outcomes, points, chosen, objectives)),
         knee=knee,
     )
 
 
-def read_points(store: Store, study: str, columns: Sequence[str], seeds: int) -> Points:
+def read_points(outcomes: Outcomes, columns: Sequence[str], seeds: int) -> Points:
     """The points of a study with the means of `columns`; reads nothing else of the ledger."""
     own = [name for name in columns if name in MEASURES]
     other = [name for name in columns if name not in MEASURES]
-    table = store.table(study, "outcomes", ["trial", "round", *own, *(["metrics"] if other else [])])
+    table = outcomes.table(["trial", "round", *own, *(["metrics"] if other else [])])
     trials, rounds = (np.asarray(table[name], dtype=np.int64) for name in ("trial", "round"))
     values: Columns = {name: np.asarray(table[name].to_numpy(), dtype=np.float64) for name in own}
     if other:
         metrics = [json.loads(text or "{}") for text in table["metrics"].to_pylist()]
         for name in other:
             values[name] = np.array([_float(row.get(name)) for row in metrics])
-            if not np.isfinite(values[name]).any() and len(metrics):
+            if metrics and not any(name in row for row in metrics):
                 raise QueryError(str(UnknownName("measure", name, known_measures(metrics[0]))))
     is_dense = trials == DENSE_TRIAL
     dense = {name: float(column[is_dense].mean()) for name, column in values.items() if is_dense.any()}
@@ -125,6 +131,7 @@ def read_points(store: Store, study: str, columns: Sequence[str], seeds: int) ->
             rounds=rounds[rows],
             columns={name: column[rows] for name, column in values.items()},
             dense=dense,
+            dense_rows=np.flatnonzero(is_dense).tolist(),
             rows=rows,
         )
     place = trials[rows] * (int(rounds.max(initial=0)) + 1) + rounds[rows]
@@ -138,6 +145,7 @@ def read_points(store: Store, study: str, columns: Sequence[str], seeds: int) ->
         rounds=rounds[table_of[:, 0]],
         columns={name: column[table_of].mean(axis=1) for name, column in values.items()},
         dense=dense,
+        dense_rows=np.flatnonzero(is_dense).tolist(),
         rows=groups,
     )
 
@@ -176,14 +184,8 @@ def _kept(
     return kept
 
 
-def _more_is_better(measure: str) -> bool:
-    if measure in OBJECTIVES:
-        return OBJECTIVES[measure].direction == "maximise"
-    return "accuracy" in measure or measure in ("compression_ratio", "theoretical_speedup")
-
-
 def _in_order(chosen: NDArray[np.int64], points: Points, objectives: Sequence[Objective]) -> NDArray[np.int64]:
-    keys = [points.rounds[chosen], points.trials[chosen]]
+    keys: list[NDArray[Any]] = [points.rounds[chosen], points.trials[chosen]]
     for objective in reversed(objectives):
         column = points.columns[objective.column][chosen]
         keys.append(-column if objective.direction == "maximise" else column)
@@ -191,33 +193,24 @@ def _in_order(chosen: NDArray[np.int64], points: Points, objectives: Sequence[Ob
 
 
 def _describe(
-    store: Store, study: str, points: Points, chosen: NDArray[np.int64], objectives: Sequence[Objective]
+    outcomes: Outcomes, points: Points, chosen: NDArray[np.int64], objectives: Sequence[Objective]
 ) -> list[dict[str, Any]]:
     """Everything that is recorded of the chosen points, with means over their seeds."""
-    groups = [np.atleast_1d(points.rows[int(index)]) for index in chosen]
-    if not groups:
-        return []
-    table = store.table(study, "outcomes").take(np.concatenate(groups)).to_pylist()
-    found, start = [], 0
-    for group in groups:
-        found.append(_point(table[start : start + len(group)], objectives))
-        start += len(group)
-    return found
+    groups = [np.atleast_1d(points.rows[int(index)]).tolist() for index in chosen]
+    rows = iter(outcomes.rows([row for group in groups for row in group]))
+    return [_point([next(rows) for _ in group], objectives) for group in groups]
 
 
-def _describe_dense(store: Store, study: str, seeds: int) -> dict[str, Any] | None:
-    trials = np.asarray(store.table(study, "outcomes", ["trial"])["trial"], dtype=np.int64)
-    rows = np.flatnonzero(trials == DENSE_TRIAL)
-    if not len(rows):
-        return None
-    table = store.table(study, "outcomes").take(rows[:seeds]).to_pylist()
-    return _point(table, ())
+def _describe_dense(outcomes: Outcomes, points: Points) -> dict[str, Any] | None:
+    return _point(outcomes.rows(points.dense_rows), ()) if points.dense_rows else None
 
 
 def _point(rows: Sequence[Mapping[str, Any]], objectives: Sequence[Objective]) -> dict[str, Any]:
     metrics = [json.loads(row["metrics"] or "{}") for row in rows]
     names = [*(name for name in MEASURES), *metrics[0]]
-    by_name = {n: [_float(row[n] if n in MEASURES else m.get(n)) for row, m in zip(rows, metrics, strict=True)] for n in names}
+    by_name = {
+        n: [_float(row[n] if n in MEASURES else m.get(n)) for row, m in zip(rows, metrics, strict=True)] for n in names
+    }
     means = {name: _mean(values) for name, values in by_name.items()}
     nearest = min(range(len(rows)), key=lambda i: (_distance(by_name, means, i, objectives), rows[i]["seed"]))
     point: dict[str, Any] = {
@@ -230,7 +223,9 @@ def _point(rows: Sequence[Mapping[str, Any]], objectives: Sequence[Objective]) -
         **{name: value for name, value in means.items() if value is not None},
     }
     point["std"] = {
-        name: float(np.std(values, ddof=1)) for name, values in by_name.items() if len(rows) > 1 and means[name] is not None
+        name: float(np.std(values, ddof=1))
+        for name, values in by_name.items()
+        if len(rows) > 1 and means[name] is not None
     }
     for name in ("class_accuracy", "test_class_accuracy"):
         lists = [row[name] for row in rows if row[name]]

@@ -1,12 +1,16 @@
 """Merges plans by key: what is wanted, what is ready to be run, and what that costs.
 
-Pure bookkeeping: no torch, no ray, no files, no time. For each key, *known* (its outcome is recorded) and *present* (its
-state exists) are separate facts, which the caller brings when a plan is added.
+Pure bookkeeping: no torch, no ray, no files, no time. For each key, *known* (its outcome is recorded) and *present*
+(its state exists) are separate facts, which the caller brings when a plan is added and when a stage was run.
+
+A *run* of training starts at one state and is cut at several positions; each cut is a Train node of its own, which goes
+on from the last cut before it that is there, or that will be. A stage that is evaluated or stored is run once; one that
+is neither is run by each segment that needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -25,7 +29,10 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One stage of a segment: run `op` on the states `inputs`; a Train op goes on from where its run was last cut."""
+    """One stage of a segment: run `op` on the states `inputs`; a Train op goes on from where its run was last cut.
+
+    A Train whose own state is there, but not its outcome, goes on from that very state for 0 steps, to be measured.
+    """
 
     key: str
     op: Op
@@ -49,8 +56,12 @@ class Segment:
     @property
     def base(self) -> frozenset[str]:
         """The present states that it starts from."""
-        made = {step.key for step in self.steps}
-        return frozenset(key for step in self.steps for key in step.inputs if key not in made)
+        made: set[str] = set()
+        base: set[str] = set()
+        for step in self.steps:
+            base.update(key for key in step.inputs if key not in made)
+            made.add(step.key)
+        return frozenset(base)
 
     @property
     def cost(self) -> int:
@@ -69,16 +80,38 @@ class Segment:
         return replace(self, steps=tuple(left))
 
 
+_Run = tuple[str, str]
+"""What names a run of training: the state where it starts, and everything of its op but the position to reach."""
+
+
 @dataclass
 class _Entry:
+    """A stage that some plan wants."""
+
     node: Node
+    run: _Run | None
     facts: Facts = Facts()
     asked: bool = False
     children: set[str] = field(default_factory=set)
     holders: int = 0
     height: int = 0
-    running: bool = False
+    """Optimizer steps on the longest way from here to the end, and a little for each stage; this one included."""
     failed: bool = False
+
+    @property
+    def lost(self) -> bool:
+        """Its state is not there and will not be."""
+        return self.failed and not self.facts.present
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A stage in a worker's hands. What plans want of it since then it may not bring."""
+
+    segment: int
+    beside: frozenset[str]
+    """All stages of its segment."""
+    resumable: bool
 
 
 class Graph:
@@ -86,9 +119,12 @@ class Graph:
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
-        self._runs: dict[tuple[str, str], list[str]] = {}
-        self._numbers = count(1)
+        self._runs: dict[_Run, dict[str, None]] = {}
+        self._running: dict[str, _Running] = {}  # beyond release too: a plan added meanwhile waits for the report
+        self._unknown: dict[str, None] = {}  # the points whose outcomes are to be found out
         self._failed: set[str] = set()
+        self._numbers = count(1)
+        self._needed: dict[str, None] | None = None  # None when something changed since it was worked out
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -98,18 +134,14 @@ class Graph:
         for node in plan.nodes:
             entry = self._entries.get(node.key)
             if entry is None:
-                entry = self._entries[node.key] = _Entry(node=node)
-                parents = [self._entries[key] for key in node.parents]
-                entry.failed = node.key in self._failed or any(parent.failed for parent in parents)
-                for parent in parents:
-                    parent.children.add(node.key)
-                if isinstance(node.op, Train):
-                    self._cut(node)
-            elif not entry.running:
+                entry = self._enter(node)
+            else:
                 entry.node = merged(entry.node, node)
             if not entry.asked and (node.evaluated or node.stored):
                 entry.facts, entry.asked = facts(node.key), True
+            entry.failed = entry.failed or any(self._entries[key].lost for key in node.parents)
             entry.holders += 1
+            self._review(node.key)
         for node in reversed(plan.nodes):
             self._raise_height(node.key)
 
@@ -122,48 +154,57 @@ class Graph:
                 del self._entries[node.key]
                 for parent in node.parents:
                     self._entries[parent].children.discard(node.key)
-                if isinstance(node.op, Train):
-                    cuts = self._runs[_run(node)]
-                    cuts.remove(node.key)
-                    if not cuts:
-                        del self._runs[_run(node)]
+                if entry.run is not None:
+                    del self._runs[entry.run][node.key]
+                    if not self._runs[entry.run]:
+                        del self._runs[entry.run]
+            self._review(node.key)
 
     def ready(self) -> Iterator[Segment]:
         """Segments that can be run now, the one on the longest way to go first; each is given out once."""
-        needed = self._needed()
-        for target in sorted(needed, key=lambda key: (-self._entries[key].height, key)):
-            steps = None if self._entries[target].running else self._way(target)
+        if self._needed is None:
+            needed = self._find_needed()
+            self._needed = dict.fromkeys(sorted(needed, key=lambda key: (-self._entries[key].height, key)))
+        wanted = self._needed
+        for target in wanted:
+            steps = None if target in self._running else self._way(target)
             if steps is not None:
-                yield self._give_out(self._goes_on_from(target, steps, needed))
+                yield self._give_out(self._goes_on_from(target, steps, wanted))
 
     def done(self, key: str, facts: Facts) -> None:
         """A stage was run and reported; `facts` is what there is of its key now."""
-        entry = self._entries.get(key)
-        if entry is not None:
-            entry.running = False
-            entry.facts = facts
+        self._running.pop(key, None)
+        if key in self._entries:
+            self._entries[key].facts = facts
+        self._review(key)
 
     def give_back(self, segment: Segment) -> None:
         """The segment's unreported stages were not run after all; they are ready again."""
         for step in segment.steps:
-            if step.key in self._entries:
-                self._entries[step.key].running = False
+            if step.key in self._running and self._running[step.key].segment == segment.number:
+                del self._running[step.key]
+        self._needed = None
 
     def fail(self, key: str) -> set[str]:
-        """A stage cannot be done: it fails with everything that waits for it. Returns the failed keys."""
+        """A stage cannot be done: it fails with everything that waits for it. Returns the failed keys.
+
+        A stage that another worker is running from states that are there does not wait, and answers for itself.
+        """
         failed: set[str] = set()
         stack = [key]
         while stack:
             key = stack.pop()
-            entry = self._entries.get(key)
-            if entry is None or key in failed:
+            if key in failed:
                 continue
             failed.add(key)
             self._failed.add(key)
-            entry.failed = True
-            entry.running = False
-            stack += entry.children
-            stack += [later for later in self._later_cuts(entry.node) if not self._entries[later].facts.present]
+            self._running.pop(key, None)
+            entry = self._entries.get(key)
+            if entry is not None:
+                entry.failed = True
+                if not entry.facts.present:
+                    stack += [later for later in self._doomed_by(entry) if not self._has_its_own(later, key)]
+            self._review(key)
         return failed
 
     def known(self, key: str) -> bool:
@@ -171,76 +212,117 @@ class Graph:
         return key in self._entries and self._entries[key].facts.known
 
     def failed(self, key: str) -> bool:
-        """Whether this key has failed since the graph began."""
-        return key in self._entries and self._entries[key].failed
+        """Whether the outcome of this key is not recorded, and will not be before the next run of the study."""
+        return key in self._entries and self._entries[key].failed and not self._entries[key].facts.known
 
-    def _cut(self, node: Node) -> None:
-        """Enter a Train node among the cuts of its run; what comes after it may now go on from it."""
-        self._runs.setdefault(_run(node), []).append(node.key)
-        earlier = self._last_cut_before(node)
-        if earlier is not None:
-            self._want_resumable(earlier)
-        for later in self._later_cuts(node):
-            entry = self._entries[later]
-            if not entry.running and not entry.facts.present and self._last_cut_before(entry.node) == node.key:
-                self._want_resumable(node.key)
+    def _enter(self, node: Node) -> _Entry:
+        run = (node.parents[0], repr(replace(node.op, to=0))) if isinstance(node.op, Train) else None
+        entry = self._entries[node.key] = _Entry(node=node, run=run, failed=node.key in self._failed)
+        for parent in node.parents:
+            self._entries[parent].children.add(node.key)
+        if run is not None:
+            self._runs.setdefault(run, {})[node.key] = None
+        return entry
 
-    def _want_resumable(self, key: str) -> None:
+    def _review(self, key: str) -> None:
+        """Bring up to date what follows from what is wanted and known of a key."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.node.evaluated and not entry.facts.known and not entry.failed:
+            self._unknown[key] = None
+        else:
+            self._unknown.pop(key, None)
+        self._needed = None
+
+    def _there(self, key: str) -> bool:
+        """Whether the state exists with all that is wanted of it."""
         entry = self._entries[key]
-        if not entry.running and not entry.facts.present:
-            entry.node = replace(entry.node, stored=True, resumable=True)
+        return entry.facts.present and (entry.facts.resumable or not entry.node.resumable)
 
-    def _last_cut_before(self, node: Node) -> str | None:
-        """The cut of the node's run that it can go on from: one that is there, or that will be."""
+    def _resumable(self, key: str) -> bool:
+        """Whether the optimizer state is to be stored: a plan says so, or a later cut of the run goes on from here."""
+        entry = self._entries[key]
+        if entry.node.resumable or entry.facts.present:
+            return entry.node.resumable
+        later = [cut for cut in self._later_cuts(entry) if self._is_coming(cut)]
+        return any(self._last_cut_before(self._entries[cut]) == key for cut in later)
+
+    def _stored(self, key: str) -> bool:
+        """Whether the state is to be stored: a plan says so, or training would otherwise be done twice."""
+        entry = self._entries[key]
+        if entry.node.stored or entry.run is None:
+            return entry.node.stored
+        return len(entry.children) > 1 or self._resumable(key)
+
+    def _is_coming(self, key: str) -> bool:
+        entry = self._entries[key]
+        return not entry.facts.present and not entry.failed and key not in self._running
+
+    def _last_cut_before(self, entry: _Entry) -> str | None:
+        """The cut of the entry's run that it can go on from: one that is there, or that will be."""
         best: tuple[int, str] | None = None
-        for key in self._runs.get(_run(node), ()):
-            entry = self._entries[key]
-            to = _to(entry.node)
-            there = entry.facts.present and entry.facts.resumable
-            coming = not entry.facts.present and not entry.failed and (entry.node.resumable or not entry.running)
-            if to < _to(node) and (there or coming) and (best is None or to > best[0]):
+        for key in self._runs[entry.run] if entry.run is not None else ():
+            cut = self._entries[key]
+            to = _to(cut.node)
+            if to < _to(entry.node) and (best is None or to > best[0]) and self._can_go_on_from(key):
                 best = to, key
         return best[1] if best else None
 
-    def _later_cuts(self, node: Node) -> list[str]:
-        if not isinstance(node.op, Train):
+    def _can_go_on_from(self, key: str) -> bool:
+        entry = self._entries[key]
+        if entry.facts.present and entry.facts.resumable:
+            return True
+        if key in self._running:
+            return self._running[key].resumable
+        return not entry.failed and (entry.node.resumable or not entry.facts.present)
+
+    def _later_cuts(self, entry: _Entry) -> list[str]:
+        if entry.run is None or len(self._runs[entry.run]) == 1:
             return []
-        return [key for key in self._runs.get(_run(node), ()) if _to(self._entries[key].node) > _to(node)]
+        return [key for key in self._runs[entry.run] if _to(self._entries[key].node) > _to(entry.node)]
 
     def _inputs(self, key: str) -> tuple[str, ...]:
-        """What the stage is run from: its parents, or the last cut of its run of training."""
-        node = self._entries[key].node
-        if isinstance(node.op, Train):
-            cut = self._last_cut_before(node)
-            if cut is not None:
-                return (cut,)
-        return node.parents
+        """What the stage is run from: its parents, or the last cut of its run of training, or itself to be measured."""
+        entry = self._entries[key]
+        if entry.run is not None and self._there(key):
+            return (key,)
+        cut = self._last_cut_before(entry)
+        return entry.node.parents if cut is None else (cut,)
 
-    def _there(self, key: str) -> bool:
-        facts, node = self._entries[key].facts, self._entries[key].node
-        return facts.present and (facts.resumable or not node.resumable)
+    def _waiting_for(self, key: str) -> list[str]:
+        """The stages that are run from `key`, later cuts of its run included."""
+        entry = self._entries[key]
+        later = [cut for cut in self._later_cuts(entry) if self._last_cut_before(self._entries[cut]) == key]
+        return [*entry.children, *later]
 
-    def _needed(self) -> set[str]:
+    def _doomed_by(self, failed: _Entry) -> list[str]:
+        """The stages that would need the failed one, or that would only repeat what failed: later cuts of its run."""
+        doomed = [*failed.children]
+        for key in self._later_cuts(failed):
+            cut = self._last_cut_before(self._entries[key])
+            if cut is None or _to(self._entries[cut].node) < _to(failed.node):
+                doomed.append(key)
+        return doomed
+
+    def _has_its_own(self, key: str, failed: str) -> bool:
+        """Whether a stage does not wait for the failed one: its state is there, or another segment is at it."""
+        if self._entries[key].facts.present:
+            return True
+        return key in self._running and failed not in self._running[key].beside
+
+    def _find_needed(self) -> set[str]:
         """Stages that must be run and reported: unknown points, and stored states on the way to them."""
-        needed: set[str] = set()
-        seen: set[str] = set()
-        stack = [k for k, e in self._entries.items() if e.node.evaluated and not e.facts.known and not e.failed]
-        needed.update(stack)
+        stack = [key for key in self._unknown if key not in self._running]
+        needed = set(stack)
+        seen = set(stack)
         while stack:
             key = stack.pop()
-            if key in seen:
-                continue
-            seen.add(key)
             for source in self._inputs(key):
-                entry = self._entries[source]
-                if self._there(source):
+                if source in seen or source in self._running or self._there(source):
                     continue
-                if entry.node.stored:
-                    needed.add(source)
-                elif isinstance(entry.node.op, Train) and len(entry.children) > 1:
-                    entry.node = replace(entry.node, stored=True)
-                    needed.add(source)
+                seen.add(source)
                 stack.append(source)
+                if self._stored(source):
+                    needed.add(source)
         return needed
 
     def _way(self, target: str, made: frozenset[str] = frozenset()) -> list[Step] | None:
@@ -253,82 +335,79 @@ class Graph:
         while stack:
             inputs = self._inputs(stack[-1])
             missing = [k for k in inputs if k not in way and k not in made and not self._there(k)]
-            if any(self._entries[key].node.stored or self._entries[key].failed for key in missing):
+            if any(k in self._running or self._entries[k].lost or self._stored(k) for k in missing):
                 return None
             if missing:
                 stack += missing
             else:
                 key = stack.pop()
-                way.setdefault(key, self._step(key, inputs))
+                if key not in way:
+                    way[key] = self._step(key, inputs)
         return list(way.values())
 
-    def _goes_on_from(self, key: str, steps: list[Step], needed: set[str]) -> list[Step]:
+    def _goes_on_from(self, key: str, steps: list[Step], wanted: Mapping[str, None]) -> list[Step]:
         """`steps` and the stages after them for as long as there is no branch, for one worker to run in one go."""
         while True:
-            targets = self._targets_after(key) & needed
-            following = min(targets, default=None)
-            if len(targets) != 1 or following is None or self._entries[following].running:
+            made = frozenset(step.key for step in steps)
+            following: list[list[Step]] = []
+            for target in self._targets_after(key, wanted):
+                way = self._way(target, made)
+                if way is not None:
+                    following.append(way)
+                    if len(following) > 1:
+                        return steps
+            if not following:
                 return steps
-            way = self._way(following, frozenset(step.key for step in steps))
-            if way is None:
-                return steps
-            steps = [*steps, *way]
-            key = following
+            steps = [*steps, *following[0]]
+            key = steps[-1].key
 
-    def _targets_after(self, key: str) -> set[str]:
-        """The next stages to be reported that wait for `key`."""
-        found: set[str] = set()
-        stack = [*self._waiting_for(key)]
+    def _targets_after(self, key: str, wanted: Mapping[str, None]) -> Iterator[str]:
+        """The next stages to be reported that wait for `key` and are in nobody's hands yet."""
+        seen = {key}
+        stack = self._waiting_for(key)
         while stack:
             child = stack.pop()
-            entry = self._entries[child]
-            if entry.node.stored or entry.node.evaluated:
-                found.add(child)
-            else:
+            if child in seen:
+                continue
+            seen.add(child)
+            if child in wanted:
+                if child not in self._running:
+                    yield child
+            elif not self._entries[child].node.evaluated and not self._stored(child):
                 stack += self._waiting_for(child)
-        return found
-
-    def _waiting_for(self, key: str) -> Iterable[str]:
-        node = self._entries[key].node
-        later = [cut for cut in self._later_cuts(node) if self._last_cut_before(self._entries[cut].node) == key]
-        return [*self._entries[key].children, *later]
 
     def _step(self, key: str, inputs: tuple[str, ...]) -> Step:
         entry = self._entries[key]
         node = entry.node
-        goes_on = isinstance(node.op, Train) and inputs != node.parents
-        begin = _to(self._entries[inputs[0]].node) if goes_on else node.start
+        steps = 0
+        goes_on = entry.run is not None and inputs != node.parents
+        if entry.run is not None:
+            steps = _to(node) - (_to(self._entries[inputs[0]].node) if goes_on else node.start)
         return Step(
             key=key,
             op=node.op,
             inputs=inputs,
             goes_on=goes_on,
-            steps=_to(node) - begin if isinstance(node.op, Train) else 0,
+            steps=steps,
             evaluated=node.evaluated and not entry.facts.known,
-            stored=node.stored,
-            resumable=node.resumable,
+            stored=self._stored(key),
+            resumable=self._resumable(key),
         )
 
     def _give_out(self, steps: list[Step]) -> Segment:
+        number, keys = next(self._numbers), frozenset(step.key for step in steps)
         for step in steps:
             if step.stored or step.evaluated:
-                self._entries[step.key].running = True
-        return Segment(number=next(self._numbers), steps=tuple(steps))
+                self._running[step.key] = _Running(number, keys, step.resumable)
+        return Segment(number=number, steps=tuple(steps))
 
     def _raise_height(self, key: str) -> None:
-        """Height: optimizer steps on the longest way from here to the end, this stage included."""
         entry = self._entries[key]
-        inputs = self._inputs(key)
-        own = self._step(key, inputs).steps + 1
-        entry.height = max([entry.height, *(own + self._entries[child].height for child in self._waiting_for(key)), own])
+        own = self._step(key, self._inputs(key)).steps + 1
+        above = (self._entries[child].height for child in self._waiting_for(key))
+        entry.height = max(entry.height, own + max(above, default=0))
 
 
 def _to(node: Node) -> int:
     assert isinstance(node.op, Train)
     return node.op.to
-
-
-def _run(node: Node) -> tuple[str, str]:
-    """What names a run of training: where it starts and everything of its op but the position to reach."""
-    assert isinstance(node.op, Train)
-    return node.parents[0], repr(replace(node.op, to=0))

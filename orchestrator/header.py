@@ -16,6 +16,6 @@ def read_header(data: bytes) -> dict[str, str]:
         raise ValueError("not a safetensors file, or its head is cut off")
     try:
         metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        return dict(metadata)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, TypeError) as error:
         raise ValueError(f"not a safetensors file: {error}") from error
-    return dict(metadata)

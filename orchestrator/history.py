@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.outcome import MEASURES
 from orchestrator.store.store import Store
 from search.proposer import Told
 
@@ -34,6 +35,10 @@ class History:
     """Shorter trials that the sampler was told of."""
     epochs_run: float = 0.0
     stages_run: int = 0
+    outcomes: int = 0
+    """How many outcomes there were when the last trial was done."""
+    finished: bool = False
+    """The last driver to end found nothing more to do."""
 
     def told(self) -> list[Told]:
         """Every trial for the sampler. A failed one runs again, so to the sampler it is still running."""
@@ -68,8 +73,13 @@ def read(store: Store, study: str) -> History:
         match row["event"]:
             case "done" | "failed":
                 past.endings[row["trial"]] = ending(row["event"], detail)
+                past.outcomes = max(past.outcomes, detail.get("outcomes", 0))
             case "shorter":
                 past.added.append((detail["params"], tuple(detail["values"]), detail["constraints"]))
+            case "started":
+                past.finished = False
+            case "ended":
+                past.finished = detail.get("finished", False)
             case "work":
                 past.epochs_run += detail["epochs"]
                 past.stages_run += detail["stages"]
@@ -88,14 +98,13 @@ def ending(state: str, detail: Mapping[str, Any]) -> Ending:
     )
 
 
-def measured(store: Store, study: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:
+def measured(store: Store, study: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, float | None]]]:
     """(key, values by column) of every outcome; a column that is no measure of its own is looked up in `metrics`."""
-    table = store.table(study, "outcomes")
-    own = [name for name in columns if name in table.column_names]
-    other = [name for name in columns if name not in own]
-    for row in rows(table.select(["key", *own, *(["metrics"] if other else [])])):
+    own = [name for name in columns if name in MEASURES]
+    other = [name for name in columns if name not in MEASURES]
+    for row in rows(store.table(study, "outcomes", ["key", *own, *(["metrics"] if other else [])])):
         metrics = json.loads(row["metrics"] or "{}") if other else {}
-        yield row["key"], {name: row[name] for name in own} | {name: metrics.get(name) for name in other}
+        yield row["key"], {n: row[n] if n in MEASURES else metrics.get(n) for n in columns}
 
 
 def rows(table: Any) -> Iterator[dict[str, Any]]:

@@ -55,6 +55,10 @@ def objectives(names: Sequence[str], info: TaskInfo) -> list[Objective]:
         if name.startswith("test_"):
             raise SpecError(f"objective {name!r}: the test split is only ever reported; legal: {name[5:]!r}")
         if name in metrics:
+            if name in OBJECTIVES and name != "accuracy":
+                raise SpecError(
+                    f"objective {name!r} is a measure of Orchardist's own: the task's metric needs another name"
+                )
             direction: Direction = "minimise" if metrics[name] == "minimise" else "maximise"
             found.append(Objective(name=name, column=name, direction=direction))
         elif name not in OBJECTIVES:
@@ -66,5 +70,7 @@ def objectives(names: Sequence[str], info: TaskInfo) -> list[Objective]:
         if name == "worst_class_accuracy" and info.classes is None:
             raise SpecError("objective 'worst_class_accuracy': the task names no classes; give Task(classes=[...])")
         if name == "unit_sparsity":
-            raise SpecError("objective 'unit_sparsity' belongs to structures that are removed as one; legal: 'sparsity'")
+            raise SpecError(
+                "objective 'unit_sparsity' belongs to structures that are removed as one; legal: 'sparsity'"
+            )
     return found

@@ -94,7 +94,6 @@ class Rewind:
 
 
 Op = Init | Train | Prune | Rewind
-OPS: dict[str, type[Op]] = {op.__name__: op for op in (Init, Train, Prune, Rewind)}
 
 
 def key(op: Op, parents: Sequence[str], task_digest: str) -> str:

@@ -8,12 +8,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from orchestrator import ops
-from orchestrator.errors import PlanError
+from orchestrator.errors import PlanError, StageFailed
 from orchestrator.ops import Init, Op, Prune, Recipe, Rewind, Train
 from orchestrator.pruning import criteria, schedules
 from orchestrator.pruning.allocation import Tensors, counts
 from orchestrator.seeds import derive
-from orchestrator.settings import Settings, TrainSettings, during
+from orchestrator.settings import Choices, Settings, TrainSettings, during
 from orchestrator.tasks.info import TaskInfo
 
 
@@ -30,7 +30,6 @@ class Node:
     stored: bool = False
     resumable: bool = False
     """The optimizer state is stored too, since training goes on from here."""
-    round: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,20 +66,27 @@ def trial_plan(settings: Settings, seed: int, info: TaskInfo, *, device: str = "
 
 def _before(builder: _Builder, settings: Settings, prunes: Sequence[Prune]) -> list[tuple[int, str]]:
     state = builder.init()
-    for number, op in enumerate(prunes, start=1):
-        state = builder.add(op, [state], round=number)
-    trained = builder.train_on(state, to=builder.epochs, round=len(prunes))
+    for op in prunes:
+        state = builder.add(op, [state])
+    trained = builder.train_on(state, to=builder.epochs)
     return [(len(prunes), builder.show(trained))]
 
 
 def _during(builder: _Builder, settings: Settings, prunes: Sequence[Prune]) -> list[tuple[int, str]]:
     begin, end = (epoch * builder.steps_per_epoch for epoch in during(settings))
     gap = (end - begin) / max(1, len(prunes) - 1)
+    positions = [round(begin + gap * index) for index in range(len(prunes))]
+    if len(set(positions)) < len(positions) or not 0 < positions[0] <= positions[-1] < builder.epochs:
+        raise PlanError(
+            f"{len(prunes)} prunings from step {round(begin)} to step {round(end)} of {builder.epochs} need steps of "
+            "their own, with training before and after; legal: fewer rounds, or prune_begin and prune_end further apart"
+        )
     state = builder.init()
-    for number, op in enumerate(prunes, start=1):
-        trained = builder.train_on(state, to=round(begin + gap * (number - 1)), round=number - 1, resumable=True)
-        state = builder.add(op, [trained], round=number)
-    trained = builder.train_on(state, to=builder.epochs, round=len(prunes))
+    for op, position in zip(prunes, positions, strict=True):
+        # Dense training until the first pruning is what many trials share; what follows is this trial's own.
+        trained = builder.train_on(state, to=position, stored=position == positions[0], resumable=True)
+        state = builder.add(op, [trained])
+    trained = builder.train_on(state, to=builder.epochs)
     return [(len(prunes), builder.show(trained))]
 
 
@@ -91,19 +97,19 @@ def _after(builder: _Builder, settings: Settings, prunes: Sequence[Prune]) -> li
     position = builder.epochs
     retrain_steps = round(settings.train.retrain_epochs * builder.steps_per_epoch)
     for number, op in enumerate(prunes, start=1):
-        pruned = builder.add(op, [state], round=number)
+        pruned = builder.add(op, [state])
         if settings.choices.retrain == "none":
             state = pruned
         elif settings.choices.retrain == "finetune":
             position += retrain_steps
-            state = builder.train_on(pruned, to=position, round=number, fresh_optimizer=True)
+            state = builder.train_on(pruned, to=position, fresh_optimizer=True)
         else:
             if ancestor is not None:
-                rewound = builder.add(Rewind(what="weights"), [pruned, ancestor], round=number)
+                rewound = builder.add(Rewind(what="weights"), [pruned, ancestor])
             else:
                 back = max(0, builder.epochs - retrain_steps)
-                rewound = builder.add(Rewind(what="lr", to=back), [pruned], round=number)
-            state = builder.train_on(rewound, to=builder.epochs, round=number)
+                rewound = builder.add(Rewind(what="lr", to=back), [pruned])
+            state = builder.train_on(rewound, to=builder.epochs)
         points.append((number, builder.show(state)))
     return points
 
@@ -121,7 +127,7 @@ def _ancestor(builder: _Builder, settings: Settings) -> str | None:
 
 
 class _Builder:
-    """Collects the nodes of one plan; equal stages come out once."""
+    """Collects the nodes of one plan, each after its parents; equal stages come out once."""
 
     def __init__(self, info: TaskInfo, train: TrainSettings, seed: int, device: str) -> None:
         self.info = info
@@ -225,39 +231,57 @@ def _recipe(train: TrainSettings, steps_per_epoch: int, horizon: int, device: st
 def _prune_ops(settings: Settings, seed: int, info: TaskInfo) -> list[Prune]:
     """One Prune op a round; a final sparsity is resolved to the target of each round."""
     factors = _factors(settings, info)
+    choices = settings.choices
+    factors = _factors(settings, info)
     given = by_pattern(settings.layer_targets, info, "space.layers")
-    if settings.choices.scope == "global" and (given or any(f not in (0.0, 1.0) for f in factors.values())):
-        raise PlanError("layer factors and per-layer targets mean nothing where all layers are ranked together; "
-                        "legal with them: scope = 'layer'")
+    _refuse_idle_layer_settings(choices, factors, given)
+    by_threshold = choices.threshold is not None
     op = Prune(
-        criterion=settings.choices.criterion,
-        scope=settings.choices.scope,
-        structure=settings.choices.structure,
-        allocation=settings.choices.allocation,
-        rate=settings.choices.rate,
-        threshold=settings.choices.threshold,
-        threshold_unit=settings.choices.threshold_unit,
+        criterion=choices.criterion,
+        scope="layer" if by_threshold else choices.scope,  # a threshold ranks nobody, so equal plans get equal keys
+        structure=choices.structure,
+        allocation=choices.allocation,
+        rate=choices.rate,
+        threshold=choices.threshold,
+        threshold_unit=choices.threshold_unit if by_threshold else "absolute",
         parameters=tuple(sorted(settings.criterion_parameters.items())),
         factors=tuple(sorted(factors.items())),
         targets=tuple(sorted(given.items())),
         code=settings.criterion_code,
     )
-    rounds = range(1, settings.choices.rounds + 1)
+    rounds = range(1, choices.rounds + 1)
     draws = bool(criteria.needs(criteria.CRITERIA[op.criterion]))
     seeds: list[dict[str, Any]] = [{"seed": seed, "round": number} if draws else {} for number in rounds]
-    if settings.choices.sparsity is None:
+    if choices.sparsity is None:
         return [replace(op, **fields) for fields in seeds]
-    targets = schedules.targets(settings.choices.schedule, settings.choices.sparsity, settings.choices.rounds)
-    layers = [
-        tuple((n, schedules.targets(settings.choices.schedule, t, settings.choices.rounds)[r - 1]) for n, t in op.targets) for r in rounds
-    ]
+    targets = schedules.targets(choices.schedule, choices.sparsity, choices.rounds)
+    of_layers = {name: schedules.targets(choices.schedule, target, choices.rounds) for name, target in op.targets}
     return [
-        replace(op, sparsity=target, targets=own, **fields)
-        for target, own, fields in zip(targets, layers, seeds, strict=True)
+        replace(op, sparsity=target, targets=tuple((name, own[index]) for name, own in of_layers.items()), **fields)
+        for index, (target, fields) in enumerate(zip(targets, seeds, strict=True))
     ]
+
+
+def _refuse_idle_layer_settings(choices: Choices, factors: Mapping[str, float], given: Mapping[str, float]) -> None:
+    """Refuse factors and targets of layers that would change nothing."""
+    scaled = any(factor not in (0.0, 1.0) for factor in factors.values())
+    if choices.threshold is not None:
+        if scaled:
+            raise PlanError("prune.layer_factors scale a rate or a final sparsity, not a threshold; legal with it: 0")
+    elif choices.scope == "global" and (given or scaled):
+        raise PlanError(
+            "layer factors and per-layer targets mean nothing where all layers are ranked together; "
+            "legal with them: scope = 'layer'"
+        )
+    elif choices.allocation != "uniform" and scaled:
+        raise PlanError(f"allocation {choices.allocation!r} takes no layer factors but 0 and 1; legal: 'uniform'")
+    both = sorted(name for name in given if factors.get(name, 1.0) != 1.0)
+    if both:
+        raise PlanError(f"{both[0]!r} has a target of its own in [space.layers] and a factor or ignore in [prune]")
 
 
 def _factors(settings: Settings, info: TaskInfo) -> dict[str, float]:
+    """The factor on the rate of each tensor that is not pruned like the rest; 0 where it is ignored."""
     factors = by_pattern(settings.layer_factors, info, "prune.layer_factors")
     factors |= by_pattern(dict.fromkeys(settings.ignore, 0.0), info, "prune.ignore")
     if info.layers and all(factors.get(layer.name) == 0.0 for layer in info.layers):
@@ -302,17 +326,20 @@ def refuse_empty(settings: Settings, prunes: Sequence[Prune], info: TaskInfo) ->
         PlanError: naming the group and the round.
     """
     if settings.choices.threshold is not None:
-        return
+        return  # what a threshold leaves is an outcome
     shapes = {layer.name: layer.shape for layer in info.layers}
     kept = {layer.name: layer.size for layer in info.layers}
     for number, op in enumerate(prunes, start=1):
-        for group, left in counts(op, Tensors(shapes=shapes, kept=kept)).items():
+        try:
+            groups = counts(op, Tensors(shapes=shapes, kept=kept))
+        except StageFailed as error:
+            raise PlanError(f"round {number} of {len(prunes)}: {error}") from error
+        for group, left in groups.items():
             if left <= 0:
                 where = group[0].removesuffix(".weight") if len(group) == 1 else "the network"
-                raise PlanError(f"round {number} of {len(prunes)} leaves no weight in {where}: prune less, or fewer rounds")
-            share = left / sum(kept[name] for name in group)
-            if len(group) == 1:
-                kept[group[0]] = left
-            else:
-                kept.update({name: round(kept[name] * share) for name in group})
-                kept[group[-1]] += left - sum(kept[name] for name in group)
+                raise PlanError(
+                    f"round {number} of {len(prunes)} leaves no weight in {where}: prune less, or fewer rounds"
+                )
+            # Where in a group the weights are left depends on them; only their number counts here.
+            kept.update(dict.fromkeys(group, 0))
+            kept[group[0]] = left

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -32,10 +32,10 @@ class Standing:
 
     def note(self, objectives: Sequence[Objective], values: Sequence[float]) -> None:
         """Keep the best value that any trial reached, for each objective."""
+        best_of = {"maximise": max, "minimise": min}
         for objective, value in zip(objectives, values, strict=True):
-            old = self.best.get(objective.name)
-            better = old is None or (value > old if objective.direction == "maximise" else value < old)
-            self.best[objective.name] = value if better or old is None else old
+            old = self.best.get(objective.name, value)
+            self.best[objective.name] = best_of[objective.direction](old, value)
 
     @property
     def ended(self) -> int:
@@ -45,9 +45,10 @@ class Standing:
     def says(self) -> str:
         """One line: trials, epochs run and saved, the best so far."""
         saved = f", {1 - self.epochs_run / self.epochs_asked:.0%} shared" if self.epochs_asked > self.epochs_run else ""
+        stages = f"{self.stages_run} of {self.stages_asked} stages"
         parts = [
             f"{self.ended}/{self.asked} trials",
-            f"{self.epochs_run:.0f} of {self.epochs_asked:.0f} epochs run{saved}",
+            f"{self.epochs_run:.0f} of {self.epochs_asked:.0f} epochs and {stages} run{saved}",
         ]
         if self.failed:
             parts.insert(1, f"{self.failed} failed")
@@ -81,15 +82,29 @@ class Silent:
 class Lines:
     """A plain line every ten seconds, for logs."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream or sys.stderr
-        self._shown_at = time.monotonic()
+        self._clock = clock
+        self._shown_at = clock()
+        self._first: tuple[float, int] | None = None
 
     def show(self, standing: Standing) -> None:
         """Print a line when ten seconds have passed."""
-        if time.monotonic() - self._shown_at >= LINE_EVERY_SECONDS:
-            self._shown_at = time.monotonic()
-            print(standing.says(), file=self._stream, flush=True)
+        now = self._clock()
+        if self._first is None:
+            self._first = now, standing.ended
+        if now - self._shown_at >= LINE_EVERY_SECONDS:
+            self._shown_at = now
+            print(standing.says() + self._left(now, standing), file=self._stream, flush=True)
+
+    def _left(self, now: float, standing: Standing) -> str:
+        """The time left, if trials go on ending as fast as they did in this run."""
+        assert self._first is not None
+        began, ended = self._first
+        if standing.ended == ended:
+            return ""
+        seconds = (now - began) / (standing.ended - ended) * (standing.asked - standing.ended)
+        return f" · about {seconds / 60:.0f} min left" if seconds >= 90 else f" · about {seconds:.0f} s left"
 
     def end(self, standing: Standing) -> None:
         """Print the last line."""

@@ -15,10 +15,11 @@ from safetensors.torch import save
 from torch import nn
 
 from orchestrator import __version__
-from orchestrator.errors import InputError, QueryError
+from orchestrator.errors import InputError, QueryError, TaskError
 from orchestrator.outcome import MEASURES
 from orchestrator.state import State, from_bytes, into_model, to_bytes
-from orchestrator.tasks.data import call
+from orchestrator.tasks import BUILTIN
+from orchestrator.tasks.data import call, transform
 from orchestrator.tasks.load import LoadedTask, isolated
 from orchestrator.tasks.load import load as load_task
 from orchestrator.tasks.source import collect
@@ -52,7 +53,7 @@ def fetch(
     chosen = _row(study, key if key is not None else _choose(study, where, minimise))
     data = study.store.states.read(chosen["key"])
     if data is None:
-        raise QueryError(f"the state {chosen['key'][:12]} is no longer in the store {study.store.name}; run the study again")
+        raise QueryError(f"the state {chosen['key'][:12]} is no longer in the store {study.store.name}; run it again")
     state = replace(from_bytes(data), optimizer={})
     header = study.store.states.header(chosen["key"]) or {}
     files = {
@@ -64,8 +65,13 @@ def fetch(
     for name, content in files.items():
         (folder / name).write_bytes(content)
     card = _card(study, chosen, json.loads(header.get("lineage", "[]")), files)
-    loaded = _load_task(card, None, Path(card["root"]))
-    card["certificate"]["reloaded"] = _difference(loaded, state, _model(folder, loaded))
+    try:
+        loaded = _load_task(card["task"], card, study.root)
+        if loaded.info.digest != card["task_digest"]:
+            raise TaskError("the task has changed since")
+        card["certificate"]["reloaded"] = _difference(loaded, state, _model(folder, loaded))
+    except TaskError as error:
+        card["says"] += f" The model was not rebuilt to compare: {error}."
     (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
     return folder
 
@@ -89,13 +95,14 @@ def load(folder: str | Path, task: str | None = None) -> nn.Module:
         content = _read(folder / name)
         if hashlib.sha256(content).hexdigest() != expected["sha256"]:
             raise InputError(f"{folder / name} is not the file that was fetched: its hash differs from the card's")
-    return _model(folder, _load_task(card, task, Path.cwd()))
-
-
-def _load_task(card: Mapping[str, Any], task: str | None, root: Path) -> LoadedTask:
     name = task or card["task"]
-    source = collect(name, root)
-    return load_task(source, card["task_params"], root)
+    if task is None and name not in BUILTIN:
+        raise InputError(f"{folder} is a model of your own task: orchestrator.load({str(folder)!r}, task={name!r})")
+    return _model(folder, _load_task(name, card, Path.cwd()))
+
+
+def _load_task(name: str, card: Mapping[str, Any], root: Path) -> LoadedTask:
+    return load_task(collect(name, root), card["task_params"], root)
 
 
 def _model(folder: Path, loaded: LoadedTask) -> nn.Module:
@@ -116,19 +123,28 @@ def _read(path: Path) -> bytes:
 
 
 def _difference(loaded: LoadedTask, state: State, model: nn.Module) -> float:
-    """The greatest absolute difference between the fetched model's outputs and the stored state's, on validation rows."""
+    """The greatest absolute difference between the outputs of the fetched model and of the stored state."""
     with isolated(0):
         original = loaded.model()
     into_model(state.masked().weights, original)
     inputs, _ = loaded.valid.take(torch.arange(min(64, len(loaded.valid))))
     with torch.no_grad():
-        return float((call(original.eval(), inputs) - call(model, inputs)).abs().max())
+        pairs = zip(_flat(call(original.eval(), inputs)), _flat(call(model, inputs)), strict=True)
+        return max(float((one.double() - other.double()).abs().max()) for one, other in pairs)
+
+
+def _flat(outputs: Any) -> list[torch.Tensor]:
+    """Every tensor of a model's outputs, in order."""
+    found: list[torch.Tensor] = []
+    transform(found.append, outputs)
+    return found
 
 
 def _choose(study: Study, where: Sequence[str], minimise: str | None) -> str:
     found = study.front(where, minimise)
     if not found.points or found.knee is None:
-        raise QueryError(f"the study {study.spec.name!r} has no finished trial yet")
+        bounds = " that keeps the study's constraints" if study.spec.constraints else ""
+        raise QueryError(f"the study {study.spec.name!r} has no finished trial yet{bounds}")
     key = found.points[0 if minimise else found.knee]["key"]
     assert isinstance(key, str)
     return key
@@ -140,7 +156,10 @@ def _row(study: Study, key: str) -> dict[str, Any]:
     keys: list[str] = table["key"].to_pylist()
     found = [index for index, full in enumerate(keys) if full.startswith(key)]
     if len(key) < _SHORTEST_KEY or not found:
-        raise QueryError(f"no state {key!r} in the study {study.spec.name!r}; `front` shows keys, {_SHORTEST_KEY} characters are enough")
+        raise QueryError(
+            f"no state {key!r} in the study {study.spec.name!r}; `front` shows keys, "
+            f"{_SHORTEST_KEY} characters are enough"
+        )
     if len(found) > 1:
         raise QueryError(f"{len(found)} states begin with {key!r}: give more of the key")
     row = table.take(found).to_pylist()[0]
@@ -183,8 +202,9 @@ def _card(
 
 
 def _says(measures: Mapping[str, Any], files: Mapping[str, bytes]) -> str:
-    smaller = len(files[WEIGHTS]) / len(files[PACKED])
+    plain, packed = len(files[WEIGHTS]), len(files[PACKED])
     return (
         f"{measures['sparsity']:.1%} of the prunable weights are gone: {measures['compression_ratio']:.1f}x fewer "
-        f"parameters, {smaller:.1f}x smaller packed. No speed-up is claimed: runtimes do not skip unstructured zeros."
+        f"parameters, {packed:,} bytes packed instead of {plain:,}. No speed-up is claimed: runtimes do not skip "
+        "unstructured zeros."
     )

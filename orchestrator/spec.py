@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
 import re
 import tomllib
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from orchestrator.canonical import digest
-from orchestrator.errors import InputError, PlanError, SpecError, UnknownName
-from orchestrator.pruning import criteria
-from orchestrator.settings import Choices, PruneSettings, Section, Settings, TrainSettings, complaints, resolve
+from orchestrator.errors import InputError, SpecError, UnknownName
+from orchestrator.settings import (
+    IN_SPACE,
+    PruneSettings,
+    Section,
+    Settings,
+    TrainSettings,
+    check_value,
+    complaints,
+    resolve,
+)
 from search.proposer import SAMPLERS
 from search.query import BoundError, parse
-from search.space import Choice, Range, Space, SpaceError, flatten
+from search.space import Choice, Parameter, Range, Space, SpaceError, flatten
 from search.space import parse as parse_space
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 MOST_MIXES = 4000
-"""How many mixes of choices are tried out before a study starts; larger spaces are checked at their first ones."""
+"""How many mixes of choices are tried out before a study starts; of larger spaces, as many drawn at random."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class StudySpec(Section):
@@ -33,19 +45,27 @@ class StudySpec(Section):
 
     name: str = Field(description="names the study's folder in the store")
     task: str = Field(description="a built-in task, a path such as 'my_task.py', or 'package.module'")
-    trials: int = Field(20, ge=0, description="how many proposals to run; enqueued ones count")
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="each proposal runs once under each")
-    objectives: tuple[str, ...] = Field(("accuracy", "sparsity"), min_length=1, description="see `list objectives`")
-    sampler: str = Field("tpe", description="see `list samplers`")
-    sampler_seed: int = Field(0, ge=0, description="proposal n is drawn under (sampler_seed, n)")
-    task_params: dict[str, Any] = Field({}, description="arguments of the task function")
+    trials: int = Field(default=20, ge=0, description="how many proposals to run; enqueued ones count")
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1, description="each proposal runs once under each")
+    objectives: tuple[str, ...] = Field(
+        default=("accuracy", "sparsity"), min_length=1, description="see `list objectives`"
+    )
+    sampler: str = Field(default="tpe", description="see `list samplers`")
+    sampler_seed: int = Field(default=0, ge=0, description="proposal n is drawn under (sampler_seed, n)")
+    task_params: dict[str, Any] = Field(default={}, description="arguments of the task function")
     train: TrainSettings = TrainSettings()
     prune: PruneSettings = PruneSettings()
-    space: dict[str, Any] = Field({}, description="what the sampler chooses; a list is a choice, a plain value is fixed")
-    constraints: dict[str, str] = Field({}, description="measure -> bound, such as '>= 0.8' or '>= dense - 0.01'")
-    enqueue: tuple[dict[str, Any], ...] = Field((), description="proposals to run first; missing values are sampled")
+    space: dict[str, Any] = Field(
+        default={}, description="what the sampler chooses; a list is a choice, a plain value is fixed"
+    )
+    constraints: dict[str, str] = Field(
+        default={}, description="measure -> bound, such as '>= 0.8' or '>= dense - 0.01'"
+    )
+    enqueue: tuple[dict[str, Any], ...] = Field(
+        default=(), description="proposals to run first; missing values are sampled"
+    )
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
@@ -59,11 +79,11 @@ class StudySpec(Section):
             SpecError: the file is missing, is no TOML (with the line), or a value is wrong (with its name).
         """
         try:
-            text = Path(path).read_text()
+            text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise SpecError(f"cannot read the study file {str(path)!r}: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise SpecError(f"{path}: not a text file") from error
+            raise SpecError(f"{path}: not a text file in UTF-8") from error
         return cls.parse(text, str(path))
 
     @classmethod
@@ -87,7 +107,7 @@ class StudySpec(Section):
     @classmethod
     def _sampler(cls, name: str) -> str:
         if name not in SAMPLERS:
-            raise ValueError(f"unknown sampler. Known: {', '.join(SAMPLERS)}")
+            raise ValueError(str(UnknownName("sampler", name, SAMPLERS)))
         return name
 
     @field_validator("seeds", "objectives")
@@ -96,6 +116,11 @@ class StudySpec(Section):
         if len(set(values)) < len(values):
             raise ValueError("must not repeat a value")
         return values
+
+    @field_validator("task_params", "space", "enqueue", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return _plain(value)
 
     @field_validator("constraints")
     @classmethod
@@ -113,14 +138,14 @@ class StudySpec(Section):
     def _searchable(self) -> StudySpec:
         try:
             space = parse_space(self.space)
+            for parameter in space.parameters:
+                _check_parameter(parameter)
             for number, entry in enumerate(self.enqueue, start=1):
                 space.validate(flatten(entry), f"enqueue {number}")
             if self.sampler == "grid":
                 space.grid()
         except SpaceError as error:
             raise ValueError(str(error)) from error
-        for name in space.names:
-            _check_space_name(name)
         return self
 
     def search_space(self) -> Space:
@@ -141,12 +166,17 @@ class StudySpec(Section):
         return resolve(self.train, self.prune, params, code)
 
     def mixes(self) -> list[dict[str, Any]]:
-        """Mixes of choices to try out beforehand: all of them, with ranges at their ends, up to `MOST_MIXES`."""
-        ends = [
-            Choice(name=p.name, values=tuple(dict.fromkeys((p.low, p.high))), when=p.when) if isinstance(p, Range) else p
-            for p in self.search_space().parameters
-        ]
-        return list(islice(Space(parameters=tuple(ends)).grid(), MOST_MIXES))
+        """Mixes of choices to try out beforehand: all, with ranges at their ends, or `MOST_MIXES` drawn at random."""
+        ends = Space(
+            parameters=tuple(
+                Choice(name=p.name, values=_values(p), when=p.when) if isinstance(p, Range) else p
+                for p in self.search_space().parameters
+            )
+        )
+        if (ends.size() or 0) <= MOST_MIXES:
+            return list(ends.grid())
+        draw = random.Random(0)
+        return [ends.resolve(lambda choice: draw.choice(_values(choice))) for _ in range(MOST_MIXES)]
 
     def check_mixes(self, code: Mapping[str, str] | None = None) -> list[Settings]:
         """Refuse a study of whose choices some go together badly.
@@ -158,7 +188,7 @@ class StudySpec(Section):
         for params in self.mixes():
             try:
                 settings.append(self.settings(params, code))
-            except PlanError as error:
+            except InputError as error:
                 raise SpecError(mix_refused(params, error)) from error
         return settings
 
@@ -169,7 +199,7 @@ class StudySpec(Section):
 
     def to_toml(self) -> str:
         """The study as TOML, for studies that were made in Python."""
-        return _toml(self.model_dump(exclude_defaults=True, mode="json") | {"name": self.name, "task": self.task})
+        return _toml(self.model_dump(exclude_defaults=True, exclude_none=True, mode="json"))
 
 
 def mix_refused(params: Mapping[str, Any], error: Exception) -> str:
@@ -178,21 +208,45 @@ def mix_refused(params: Mapping[str, Any], error: Exception) -> str:
     return f"space: {error}\n(for {mix or 'an empty space'}; a `when` can keep choices apart)"
 
 
-def _check_space_name(name: str) -> None:
-    first, _, rest = name.partition(".")
-    if not rest:
-        legal = {*Choices.model_fields, *TrainSettings.model_fields}
-        if name not in legal:
-            raise ValueError(str(UnknownName("parameter in [space]", name, legal)))
-    elif first == "criteria":
-        criterion = rest.rpartition(".")[0]
-        if ":" not in criterion:
-            try:
-                criteria.check_parameters(criterion, {rest.rpartition(".")[2]: None})
-            except InputError as error:
-                raise ValueError(f"space.{name}: {error}") from error
-    elif first != "layers":
-        raise ValueError(f"space.{name}: unknown table [space.{first}]; legal: [space.criteria.NAME], [space.layers.PATTERN]")
+def _values(parameter: Parameter) -> tuple[Any, ...]:
+    """The values of a parameter; of a range its ends."""
+    if isinstance(parameter, Range):
+        last = parameter.high if parameter.count is None else parameter.at(parameter.count - 1)
+        return tuple(dict.fromkeys((parameter.low, last)))
+    return parameter.values if isinstance(parameter, Choice) else (parameter.value,)
+
+
+def _check_parameter(parameter: Parameter) -> None:
+    """Refuse a parameter that means nothing, or that has an illegal value."""
+    first, dot, _ = parameter.name.partition(".")
+    if not dot and first not in IN_SPACE:
+        raise ValueError(str(UnknownName("parameter in [space]", first, IN_SPACE)))
+    if dot and first not in ("criteria", "layers"):
+        legal = "[space.criteria.NAME], [space.layers.PATTERN]"
+        raise ValueError(f"space.{parameter.name}: unknown table [space.{first}]; legal: {legal}")
+    for value in _values(parameter):
+        try:
+            check_value(parameter.name, value)
+        except InputError as error:
+            raise ValueError(f"space.{error}" if dot or first in str(error) else f"space.{first}: {error}") from error
+
+
+def _plain(value: Any, place: str = "") -> Any:
+    """A copy of plain data that TOML can hold and that a digest can be made of; ValueError for anything else."""
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise ValueError(f"{place or 'the table'} has a key that is no string: {name!r}")
+        return {name: _plain(item, f"{place}.{name}" if place else name) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, place) for item in value]
+    if isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    raise ValueError(
+        f"{place or 'it'} = {value!r} must be text, a finite number, true or false, or lists and tables of these"
+    )
 
 
 def _legal(line: str) -> str:
@@ -210,25 +264,27 @@ def _legal(line: str) -> str:
 def _toml(table: Mapping[str, Any], prefix: str = "") -> str:
     lines, tables = [], []
     for name, value in table.items():
-        key = name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
+        key = _toml_key(name)
         if isinstance(value, Mapping):
             tables.append(f"\n[{prefix}{key}]\n{_toml(value, f'{prefix}{key}.')}")
         elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
             tables += [f"\n[[{prefix}{key}]]\n{_toml(item, f'{prefix}{key}.')}" for item in value]
-        elif value is not None:
+        else:
             lines.append(f"{key} = {_toml_value(value)}\n")
     return "".join([*lines, *tables])
+
+
+def _toml_key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
 
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        import json
-
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, (list, tuple)):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_key(name)} = {_toml_value(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)
-
-

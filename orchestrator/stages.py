@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from orchestrator import training
 from orchestrator.measures.flops import Flops, count
+from orchestrator.narrowing import HOOKS, Narrowable, examine
 from orchestrator.ops import Init, Op, Prune, Rewind, Train
 from orchestrator.pruning import criteria
 from orchestrator.pruning.prune import prune
 from orchestrator.seeds import derive
 from orchestrator.state import State, into_model, of_model
-from orchestrator.tasks.data import Batches, move
+from orchestrator.tasks.data import Batches, InMemory, move
 from orchestrator.tasks.describe import example_of
 from orchestrator.tasks.load import LoadedTask, isolated
 
@@ -35,6 +36,22 @@ class Stages:
         self._template: nn.Module | None = None
 
     @cached_property
+    def silent(self) -> Tensor | None:
+        """For each feature of the flattened training inputs whether it is zero throughout; None if not in memory."""
+        if not isinstance(self.train, InMemory) or not isinstance(self.train.inputs, Tensor):
+            return None
+        return ~(self.train.inputs != 0).reshape(len(self.train), -1).any(dim=0).to("cpu")
+
+    @cached_property
+    def narrowable(self) -> Narrowable:
+        """The linear layers that may be narrowed in training; none where the user's own step may look at any weight."""
+        if self.loaded.task.step is not None:
+            return Narrowable()
+        with isolated(0), training.arithmetic(self.device):
+            batch = next(self._examples(2, torch.Generator().manual_seed(0)))
+            return examine(self.model(), batch[0], lambda model: training.loss_of(model, batch, self.loaded.task))
+
+    @cached_property
     def flops(self) -> Flops:
         """The dense model's operations at batch 1; masks do not change them."""
         return count(self.model(), self.example)
@@ -47,7 +64,10 @@ class Stages:
     def model(self) -> nn.Module:
         """A fresh copy of the model on the device, with whatever weights; modules that keep counts start anew."""
         if self._template is None:
-            self._template = build(self.loaded, Init(seed=0))
+            built = build(self.loaded, Init(seed=0))
+            if not copies_truly(built):
+                return built.to(self.device)
+            self._template = built
         return copy.deepcopy(self._template).to(self.device)
 
     def model_of(self, state: State) -> nn.Module:
@@ -75,7 +95,8 @@ class Stages:
                     self.loaded.task,
                     self.train,
                     steps_per_epoch=self.loaded.info.steps_per_epoch(op.recipe.batch_size),
-                    example=self.example,
+                    layers=self.narrowable,
+                    silent=self.silent,
                     probe=probe,
                     probe_every=probe_every,
                 )
@@ -103,13 +124,18 @@ class Stages:
         assert op.seed is not None
         examples = dict(op.parameters).get("examples", criteria.EXAMPLES)
         generator = torch.Generator().manual_seed(derive(op.seed, "examples", op.criterion, op.round or 0))
-        return training.gradient(self.model(), state, self.loaded.task, self._examples(examples, generator))
+        # A dataset may augment, and a model may draw in evaluation mode too.
+        with isolated(derive(op.seed, "gradient", op.criterion, op.round or 0)):
+            return training.gradient(self.model(), state, self.loaded.task, self._examples(examples, generator))
 
     def _examples(self, count: int, generator: torch.Generator) -> Iterator[Any]:
-        """About `count` training examples in batches, drawn by `generator`; whole batches where data bring their own."""
+        """`count` training examples in batches, drawn by `generator`; whole batches where data bring their own."""
         if isinstance(self.train, Batches):
-            epoch = self.train.epoch(0, generator)
-            yield from islice(epoch, max(1, count // 64))
+            for batch in self.train.epoch(0, generator):
+                yield batch
+                count -= training.rows_of(batch)
+                if count <= 0:
+                    break
         else:
             for indices in torch.randperm(len(self.train), generator=generator)[:count].split(256):
                 yield self.train.take(indices)
@@ -119,6 +145,34 @@ def build(loaded: LoadedTask, op: Init) -> nn.Module:
     """The model as built under the op's init seed, on the CPU."""
     with isolated(op.seed):
         return loaded.model(fresh=op.fresh)
+
+
+def copies_truly(model: nn.Module) -> bool:
+    """Whether `deepcopy` makes an independent model: hooks and closures would still reach into the original."""
+    for module in model.modules():
+        values = [value for kept in vars(module).values() for value in _flat(kept)]
+        closed = any(isinstance(value, FunctionType) and value.__closure__ for value in values)
+        if closed or any(getattr(module, hooks) for hooks in HOOKS):
+            return False
+    for parameter in model.parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return False
+    try:
+        copy.deepcopy(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # not every model can be copied: some hold a lock, a file or a tensor with a history
+        return False
+    return True
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple, set)):
+        yield from value
+    elif isinstance(value, dict):
+        yield from value.values()
+    else:
+        yield value
 
 
 def rewind(op: Rewind, parents: Sequence[State]) -> State:

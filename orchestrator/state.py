@@ -62,9 +62,7 @@ def zeroed(tensor: Tensor, mask: Tensor | None) -> Tensor:
 
 def of_model(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the model's parameters and persistent buffers on the CPU; tied parameters once."""
-    persistent = model.state_dict().keys()
-    named = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n in persistent)]
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in _own(model).items()}
 
 
 def into_model(weights: Mapping[str, Tensor], model: nn.Module) -> None:
@@ -73,9 +71,7 @@ def into_model(weights: Mapping[str, Tensor], model: nn.Module) -> None:
     Raises:
         ValueError: the names or a shape differ from the model's; the message names the first.
     """
-    own = dict(model.named_parameters())
-    persistent = model.state_dict().keys()
-    own.update((name, buffer) for name, buffer in model.named_buffers() if name in persistent)  # type: ignore[misc]
+    own = _own(model)
     if own.keys() != weights.keys():
         name = min(own.keys() ^ weights.keys())
         raise ValueError(f"the weights do not fit the model: {name!r} is in only one of them")
@@ -85,6 +81,16 @@ def into_model(weights: Mapping[str, Tensor], model: nn.Module) -> None:
                 shapes = f"{tuple(weights[name].shape)}, the model wants {tuple(tensor.shape)}"
                 raise ValueError(f"the weights do not fit the model: {name!r} has shape {shapes}")
             tensor.copy_(weights[name])
+
+
+def _own(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their first names. A state dict's hooks may rename theirs."""
+    passing = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n not in passing}}
 
 
 def to_bytes(state: State, header: Mapping[str, str] | None = None) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,7 @@ class Study:
 
     def run(
         self,
-        pool: Pool | None = None,
+        pool: Pool | Callable[[], Pool] | None = None,
         *,
         workers: int | None = None,
         progress: Progress | None = None,
@@ -69,7 +69,8 @@ class Study:
         """Run the study, or go on where it stopped. Returns how it stands.
 
         Args:
-            pool: where to run; by default a RayPool of `workers` on this machine, closed in the end.
+            pool: where to run; a function makes one when it is needed, which is closed in the end. By default a RayPool
+                of `workers` on this machine.
             workers: for the default pool.
             progress: shows how it goes; nothing by default.
             accept_task_change: go on although the task's code or data are not what the study began with.
@@ -79,13 +80,14 @@ class Study:
         """
         from orchestrator.driver import Driver, Setting
 
-        self._refuse_another_study()
-        self.store.files.probe()
-        ours = pool is None
+        self._refuse_early()
+        ours = pool is None or callable(pool)
         if pool is None:
             from orchestrator.pools.ray import RayPool
 
             pool = RayPool(workers)
+        elif callable(pool):
+            pool = pool()
         try:
             sources = self._bind_functions()
             info = self._prepare(pool, sources)
@@ -139,17 +141,18 @@ class Study:
 
     def status(self) -> dict[str, Any]:
         """How the study stands by its ledger: the document that `orchardist status --format json` prints."""
+        alive = held(self.store.files, self.spec.name)
         past = history.read(self.store, self.spec.name)
         done = [ending for ending in past.endings.values() if ending.state == "done"]
         failed = {number: e.reason for number, e in past.endings.items() if e.state == "failed"}
-        running = len(past.proposals) - len(past.endings)
+        ended = past.finished and len(past.endings) >= len(past.proposals)
         return {
             "study": self.spec.name,
-            "state": self._state(len(done), running),
+            "state": "running" if alive else "done" if ended else "stopped",
             "trials": {
                 "asked": self.spec.trials,
                 "done": len(done),
-                "running": running,
+                "running": len(past.proposals) - len(past.endings) if alive else 0,
                 "failed": len(failed),
                 "stopped": 0,
             },
@@ -158,16 +161,13 @@ class Study:
             "failures": failed,
         }
 
-    def fetch(self, key: str | None, folder: str | Path, *, where: Sequence[str] = (), minimise: str | None = None) -> Path:
+    def fetch(
+        self, key: str | None, folder: str | Path, *, where: Sequence[str] = (), minimise: str | None = None
+    ) -> Path:
         """Write one model with its masks and its card into `folder`; see `orchestrator.retrieve`."""
         from orchestrator.retrieve import fetch
 
         return fetch(self, key, Path(folder), where=where, minimise=minimise)
-
-    def _state(self, done: int, running: int) -> str:
-        if held(self.store.files, self.spec.name):
-            return "running"
-        return "done" if done >= self.spec.trials and not running else "stopped"
 
     def _objectives(self) -> list[Objective]:
         noted = (self._meta or self._read_meta()).get("objectives", [])
@@ -176,6 +176,14 @@ class Study:
     def _read_meta(self) -> dict[str, Any]:
         found = self.store.read_study(self.spec.name)
         return found[1] if found else {}
+
+    def _refuse_early(self) -> None:
+        """What can be refused before a worker is started for it."""
+        from orchestrator.tasks.source import collect
+
+        self._refuse_another_study()
+        collect(self.spec.task, self.root)
+        self.store.files.probe()
 
     def _refuse_another_study(self) -> None:
         noted = self._read_meta().get("digest")
@@ -242,6 +250,10 @@ class Study:
         for name in self.spec.constraints:
             if column_of(name) not in known_measures() and name not in metrics:
                 raise UnknownName("measure in [constraints]", name, known_measures(metrics))
+            if name in OBJECTIVES and name not in metrics:
+                objectives([name], setting.info)  # which refuses what this task does not measure
+            elif name == "unit_sparsity":
+                raise SpecError("constraint on 'unit_sparsity': legal here: 'sparsity'")
         settings = self.spec.check_mixes(setting.code)
         for params, mix in zip(self.spec.mixes(), settings, strict=True):
             try:
@@ -254,9 +266,7 @@ class Study:
             "digest": self.spec.digest(),
             "task_digest": info.digest,
             "root": str(self.root),
-            "objectives": [
-                {"name": o.name, "column": o.column, "direction": o.direction} for o in found
-            ],
+            "objectives": [{"name": o.name, "column": o.column, "direction": o.direction} for o in found],
         }
         self._meta = meta
         self.store.write_study(self.spec.name, self.spec.to_toml(), meta)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator import optimizers
-from orchestrator.errors import NotFinite
-from orchestrator.narrowing import narrowed, widen_columns
+from orchestrator.errors import NotFinite, StageFailed
+from orchestrator.narrowing import Narrowable, narrowed, only_torch, widen_columns
 from orchestrator.ops import Recipe, Train
 from orchestrator.seeds import derive
 from orchestrator.state import State, into_model, of_model
@@ -27,6 +28,8 @@ from orchestrator.tasks.task import Task
 
 Probe = Callable[[int, nn.Module], None]
 """Called with the position and the model in training at each step that is to be evaluated."""
+
+WHOLE = Narrowable()
 
 
 def train(
@@ -37,7 +40,8 @@ def train(
     data: Split | Batches,
     *,
     steps_per_epoch: int,
-    example: Any,
+    layers: Narrowable = WHOLE,
+    silent: Tensor | None = None,
     probe: Probe | None = None,
     probe_every: int = 0,
 ) -> State:
@@ -50,65 +54,80 @@ def train(
         task: the loss.
         data: the training split, on the device of the model.
         steps_per_epoch: how many batches it makes in one epoch.
-        example: inputs of one example, on the device of the model.
-        probe: is shown the model every `probe_every` steps.
+        layers: those that may be narrowed.
+        silent: for each input feature whether it is zero in all of `data`; None where that is not known.
+        probe: is shown the whole model every `probe_every` steps.
 
     Raises:
-        NotFinite: the loss or a weight became NaN or infinite.
+        NotFinite: the loss or a weight became NaN or infinite; a gradient that is so at a masked weight counts too.
+        StageFailed: the loss is no scalar, an epoch has too few batches, or the model writes on its masked weights.
     """
+    assert state.position <= op.to, f"at step {state.position} already, cannot train to {op.to}"
     recipe = op.recipe
     device = next(iter(model.parameters())).device
     into_model(state.weights, model)
     model.train()
-    with arithmetic(device), narrowed(model, state.masks, example) as columns:
+    draws = task.step is not None or not isinstance(data, InMemory) or not only_torch(model)
+    # Weight decay moves weights without a gradient, and a step of the user's own may look at them.
+    idle_inputs = silent if not recipe.weight_decay and task.step is None else None
+    with arithmetic(device), narrowed(model, state.masks, layers, idle_inputs) as narrow:
+        columns = narrow.columns
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         parameters = [p for p in model.parameters() if p.requires_grad]
         masks = {name: _part(state.masks[name].to(device), columns.get(name)) for name in names if name in state.masks}
-        held = [(p, masks[n].to(p.dtype)) for n, p in zip(names, parameters, strict=True) if n in masks and not masks[n].all()]
-        masked, factors = [p for p, _ in held], [factor for _, factor in held]
+        factors = [_factor(masks.get(name), p) for name, p in zip(names, parameters, strict=True)]
         optimizer = optimizers.get(recipe.optimizer)
         slots = _slots(optimizer, names, parameters, state, columns)
-        for position, batch in _batches(op, data, state.position, steps_per_epoch):
+        for position, batch in _batches(op, data, state.position, steps_per_epoch, device, draws):
             loss = loss_of(model, batch, task)
             loss.backward()  # type: ignore[no-untyped-call]
-            if masked:
-                torch._foreach_mul_([p.grad for p in masked], factors)
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
             with torch.no_grad():
-                optimizer.step(parameters, gradients, slots, recipe, learning_rate(recipe, position))
+                _update(optimizer, parameters, slots, factors, recipe, learning_rate(recipe, position))
             for parameter in parameters:
                 parameter.grad = None
             done = position + 1
             if done == op.to or done % 64 == 0:
                 _refuse_not_finite(loss, done)
             if probe is not None and probe_every and done % probe_every == 0:
-                probe(done, model)
+                with narrow.whole():
+                    probe(done, model)
         moments = _moments(optimizer, names, parameters, slots, columns, state)
     weights = of_model(model)
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NotFinite(f"{name} holds NaN or infinite values at step {op.to}: the training diverged")
+    _check(weights, state, op.to)
     return State(weights=weights, masks=state.masks, optimizer=moments, position=op.to).masked()
 
 
 def gradient(model: nn.Module, state: State, task: Task, batches: Iterable[tuple[Any, Any]]) -> dict[str, Tensor]:
     """The gradient of the mean training loss over the batches' examples, by parameter name, on the CPU.
 
-    Taken at the masked weights, in evaluation mode (no dropout, fixed normalisation statistics).
+    Taken at the masked weights, in evaluation mode (no dropout, fixed normalisation statistics), for frozen parameters
+    too. Zero for a parameter that takes no part in the loss.
+
+    Args:
+        model: a fresh copy of the task's model; its weights are overwritten.
+        state: where the gradient is taken.
+        task: the loss, a mean over its batch.
+        batches: weigh by their number of examples, so that their sizes do not matter.
     """
     into_model(state.weights, model)
     device = next(iter(model.parameters())).device
     model.eval()
+    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+    # Sums over many examples need more digits and a wider range than half precision has.
+    sums = {n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()}
     rows = 0
     with arithmetic(device):
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
         for batch in batches:
-            size = _rows(batch)
-            (loss_of(model, batch, task) * size).backward()  # type: ignore[no-untyped-call]
+            size = rows_of(batch)
+            loss_of(model, batch, task).backward()  # type: ignore[no-untyped-call]
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    sums[name] += parameter.grad * size
+                parameter.grad = None
             rows += size
-    return {
-        name: torch.zeros(p.shape) if p.grad is None else (p.grad / rows).to("cpu")
-        for name, p in model.named_parameters()
-    }
+    return {name: (total / rows).to("cpu", parameters[name].dtype) for name, total in sums.items()}
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -125,17 +144,30 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def loss_of(model: nn.Module, batch: tuple[Any, Any], task: Task) -> Tensor:
-    """The task's loss on one batch."""
+    """The task's loss on one batch.
+
+    Raises:
+        StageFailed: it is no scalar tensor.
+    """
     if task.step is not None:
-        return task.step(model, batch)
-    inputs, targets = batch
-    return task.loss(call(model, inputs), targets)
+        loss = task.step(model, batch)
+    else:
+        inputs, targets = batch
+        loss = task.loss(call(model, inputs), targets)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise StageFailed(f"the training loss must be a scalar tensor, not {_kind(loss)}")
+    return loss
+
+
+def rows_of(batch: tuple[Any, Any]) -> int:
+    """How many examples are in a batch."""
+    return len(next(tensors(batch[0]))[1])
 
 
 def _batches(
-    op: Train, data: Split | Batches, position: int, per_epoch: int
+    op: Train, data: Split | Batches, position: int, per_epoch: int, device: torch.device, draws: bool
 ) -> Iterator[tuple[int, tuple[Any, Any]]]:
-    """(position, batch) for every step from `position` to `op.to`."""
+    """(position, batch) for every step from `position` to `op.to`; `draws` as `_seed_everything` has it."""
     size = op.recipe.batch_size
     while position < op.to:
         epoch, first = divmod(position, per_epoch)
@@ -143,28 +175,33 @@ def _batches(
         noise = derive(op.order_seed, "noise", epoch)
         last = min(per_epoch, first + op.to - position)
         if isinstance(data, Batches):
-            _seed_everything(noise, python_too=True)
-            epoch_batches = enumerate(data.epoch(epoch, generator))
-            for index, batch in epoch_batches:
-                if index >= last:
-                    break
+            batches = data.epoch(epoch, generator)
+            for index in range(last):
+                # Before the batch is made, so that whatever its maker draws does not depend on where training was cut.
+                _seed_everything(noise + index, device, draws)
+                batch = next(batches, None)
+                if batch is None:
+                    made = f"the batches of epoch {epoch} end after {index}"
+                    raise StageFailed(f"{made}, but every epoch must have as many as epoch 0: {per_epoch}")
                 if index >= first:
-                    _seed_everything(noise + index, python_too=True)
                     yield epoch * per_epoch + index, batch
         else:
             order = torch.randperm(len(data), generator=generator)
             for index in range(first, last):
-                _seed_everything(noise + index, python_too=not isinstance(data, InMemory))
+                _seed_everything(noise + index, device, draws)
                 yield epoch * per_epoch + index, data.take(order[index * size : (index + 1) * size])
         position = epoch * per_epoch + last
 
 
-def _seed_everything(seed: int, *, python_too: bool) -> None:
-    """Seed dropout and augmentation for one step; Python's and numpy's generators only where user code draws data."""
+def _seed_everything(seed: int, device: torch.device, draws: bool) -> None:
+    """Seed dropout and augmentation for one step.
+
+    Python's and numpy's generators take time, so only where `draws` says that the user's code is run, which may use them.
+    """
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.manual_seed_all(seed)
-    if python_too:
+    if draws:
         random.seed(seed)
         np.random.seed(seed % 2**32)
 
@@ -174,21 +211,57 @@ def arithmetic(device: torch.device) -> Iterator[None]:
     """One thread and no denormals on a CPU, whoever calls; what the process had before comes back afterwards."""
     threads = torch.get_num_threads()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    flushed = sys.float_info.min * 0.5 == 0.0  # torch cannot be asked
     try:
         if device.type == "cpu":
             torch.set_num_threads(1)
         torch.set_flush_denormal(True)
         yield
     finally:
-        torch.set_flush_denormal(False)
+        torch.set_flush_denormal(flushed)
         torch.set_num_threads(threads)
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
 
 
-def _rows(batch: tuple[Any, Any]) -> int:
-    return len(next(tensors(batch[0]))[1])
+def _update(
+    optimizer: optimizers.Optimizer,
+    parameters: list[nn.Parameter],
+    slots: Mapping[str, list[Tensor]],
+    factors: list[Tensor | None],
+    recipe: Recipe,
+    lr: float,
+) -> None:
+    """One optimizer step on the masked gradients; a parameter without a gradient is left alone, as torch.optim does."""
+    gradients = [p.grad for p in parameters]
+    if any(gradient is None for gradient in gradients):
+        some = [index for index, gradient in enumerate(gradients) if gradient is not None]
+        if some:
+            chosen = {slot: [kept[index] for index in some] for slot, kept in slots.items()}
+            _update(optimizer, [parameters[i] for i in some], chosen, [factors[i] for i in some], recipe, lr)
+        return
+    masked = [(gradient, factor) for gradient, factor in zip(gradients, factors, strict=True) if factor is not None]
+    if masked:
+        torch._foreach_mul_([gradient for gradient, _ in masked], [factor for _, factor in masked])
+    optimizer.step(parameters, gradients, slots, recipe, lr)  # type: ignore[arg-type]
+
+
+def _factor(mask: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """What the gradient is multiplied by; None where nothing is masked."""
+    return None if mask is None or bool(mask.all()) else mask.to(parameter.dtype)
+
+
+def _check(weights: Mapping[str, Tensor], before: State, step: int) -> None:
+    """Refuse what went wrong on the way from `before`. Buffers that were infinite before, as attention masks are, may be."""
+    for name, tensor in weights.items():
+        if not (tensor.is_floating_point() or tensor.is_complex()) or torch.isfinite(tensor).all():
+            continue
+        if torch.isfinite(before.weights[name]).all():
+            raise NotFinite(f"{name} holds NaN or infinite values at step {step}: the training diverged")
+    for name, mask in before.masks.items():
+        if torch.where(mask, torch.zeros((), dtype=weights[name].dtype), weights[name]).any():
+            raise StageFailed(f"masked weights of {name!r} came back in training: something else writes on them")
 
 
 def _part(tensor: Tensor, columns: Tensor | None) -> Tensor:
@@ -232,6 +305,10 @@ def _moments(
                 whole = widen_columns(whole, columns[name].to("cpu"), state.weights[name])
             moments[f"{slot}/{name}"] = whole
     return moments
+
+
+def _kind(value: Any) -> str:
+    return f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _refuse_not_finite(loss: Tensor, step: int) -> None:

@@ -72,6 +72,10 @@ def _fraction(kept: int, total: int) -> float:
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the operations of what torch runs, by the parameter in whose storage an operand lies."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its whole compiler at the first call, for more than a second
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops: dict[str, int] = {}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from orchestrator.errors import NotFinite
 from orchestrator.measures import flops, size
 from orchestrator.measures.accuracy import evaluate
 from orchestrator.outcome import OUTCOME_COLUMNS
+from orchestrator.pruning.masks import sparsity
 from orchestrator.state import State, to_bytes
 
 if TYPE_CHECKING:
@@ -25,19 +28,23 @@ def measure(stages: Stages, state: State, *, latency: bool = False) -> dict[str,
         stages: holds the task, its model and data on a device.
         state: what to measure.
         latency: also time the forward pass at batch 1 on this device.
+
+    Raises:
+        NotFinite: the validation loss is NaN, so that no other figure means anything.
     """
     loaded = stages.loaded
     model = stages.model_of(state)
     found = _split(model, loaded, loaded.valid, stages.device)
+    if isnan(found["loss"]):
+        raise NotFinite("the validation loss is NaN")
     if loaded.test is not None:
         found |= {f"test_{name}": value for name, value in _split(model, loaded, loaded.test, stages.device).items()}
     layers = {layer.name: [_kept(state, layer.name, layer.size), layer.size] for layer in loaded.info.layers}
     nonzero, total = size.parameters(model, state.masks)
     counted = stages.flops
     effective = flops.effective(counted, {name: (kept, of) for name, (kept, of) in layers.items()})
-    prunable = sum(of for _, of in layers.values())
     found |= {
-        "sparsity": 1 - sum(kept for kept, _ in layers.values()) / prunable,
+        "sparsity": sparsity(state.masks, sum(of for _, of in layers.values())),
         "layers": layers,
         "nonzero_params": nonzero,
         "total_params": total,

@@ -45,6 +45,8 @@ class Reported:
     seconds: float
     adopted: bool = False
     """Somebody else had committed the same state first, and theirs counts."""
+    found: bool = False
+    """The state was in the store already: it was read and measured, not made again."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,9 +126,8 @@ class RayPool:
         return info
 
     def submit(self, segment: Segment) -> None:
-        """Queue a segment; the next call of `completed` hands it to an idle worker."""
+        """Queue a segment; the next call of `completed` hands it to an idle worker, with others if they are cheap."""
         self._queue.append(segment)
-        self._dispatch()
 
     def completed(self, timeout_seconds: float) -> Sequence[Event]:
         """Wait for news of any worker, then take all that there is."""

@@ -21,10 +21,10 @@ from orchestrator.graph import Segment, Step
 from orchestrator.header import read_header
 from orchestrator.measures.measure import curve_point, measure
 from orchestrator.pools.protocol import Ended, Event, Failed, Job, Reported
+from orchestrator.pruning.criteria import CRITERIA
 from orchestrator.stages import Stages
 from orchestrator.state import State, from_bytes, to_bytes
 from orchestrator.store.store import Store
-from orchestrator.pruning.criteria import CRITERIA
 from orchestrator.tasks.info import TaskInfo
 from orchestrator.tasks.load import load
 from orchestrator.tasks.source import install_function
@@ -55,6 +55,7 @@ class Worker:
         self.stages = Stages(self.loaded, device)
         self._cache: OrderedDict[str, _Held] = OrderedDict()
         self._cache_bytes = cache_bytes
+        self._cached_bytes = 0
 
     @property
     def info(self) -> TaskInfo:
@@ -66,15 +67,21 @@ class Worker:
         made: dict[str, _Held] = {}
         began, steps = time.perf_counter(), 0
         for step in segment.steps:
+            adopted = found = False
             try:
                 with arithmetic(torch.device(self.device)):
-                    made[step.key], curve = self._run(step, made)
-                    steps += step.steps
-                    if not (step.evaluated or step.stored):
-                        continue
+                    there = self._stored(step)
+                    if there is not None:
+                        made[step.key], curve, found = there, None, True
+                    else:
+                        made[step.key], curve = self._run(step, made)
+                        steps += step.steps
+                        if not (step.evaluated or step.stored):
+                            continue
                     measures = self._measure(step, made[step.key], curve, time.perf_counter() - began)
-                    adopted = step.stored and self._commit(step, made, measures)
-            except Exception as error:  # the user's code may raise anything: it becomes a failed outcome
+                    if step.stored and not found:
+                        adopted = self._commit(step, made, measures)
+            except (Exception, SystemExit) as error:  # the user's code may raise anything: it becomes a failed outcome
                 yield _failed(segment, step, error)
                 break
             yield Reported(
@@ -86,9 +93,18 @@ class Worker:
                 steps=steps,
                 seconds=time.perf_counter() - began,
                 adopted=adopted,
+                found=found,
             )
             began, steps = time.perf_counter(), 0
         yield Ended(segment=segment.number)
+
+    def _stored(self, step: Step) -> _Held | None:
+        """The step's state, if it is there to be measured: made for a study that measured less, or just now."""
+        header = self.store.states.header(step.key) if step.evaluated else None
+        if header is None or (step.resumable and header.get("resumable") != "1"):
+            return None
+        data = self.store.states.read(step.key)
+        return None if data is None else _Held(from_bytes(data), tuple(json.loads(read_header(data)["lineage"])))
 
     def _run(self, step: Step, made: Mapping[str, _Held]) -> tuple[_Held, list[list[float]]]:
         parents = [made[key] if key in made else self._fetch(key) for key in step.inputs]
@@ -110,7 +126,7 @@ class Worker:
         return self.info.steps_per_epoch(step.op.recipe.batch_size) if isinstance(step.op, ops.Train) else 0
 
     def _measure(
-        self, step: Step, held: _Held, curve: list[list[float]], seconds: float
+        self, step: Step, held: _Held, curve: list[list[float]] | None, seconds: float
     ) -> dict[str, Any] | None:
         if not step.evaluated:
             return None
@@ -127,8 +143,10 @@ class Worker:
 
     def _commit(self, step: Step, made: dict[str, _Held], measures: Mapping[str, Any] | None) -> bool:
         """Store the state with its outcome in the header; True when another worker's copy was there first."""
+        # Whoever goes on from here gets what the store gives, from memory as well.
         held = made[step.key]
         kept = held.state if step.resumable else replace(held.state, optimizer={})
+        made[step.key] = replace(held, state=kept)
         header = {
             "key": step.key,
             "resumable": "1" if step.resumable else "0",
@@ -163,10 +181,12 @@ class Worker:
         return _Held(from_bytes(data), tuple(json.loads(read_header(data)["lineage"])))
 
     def _remember(self, key: str, held: _Held) -> None:
+        if key in self._cache:
+            self._cached_bytes -= self._cache.pop(key).state.nbytes
         self._cache[key] = held
-        self._cache.move_to_end(key)
-        while len(self._cache) > 1 and sum(h.state.nbytes for h in self._cache.values()) > self._cache_bytes:
-            self._cache.popitem(last=False)
+        self._cached_bytes += held.state.nbytes
+        while len(self._cache) > 1 and self._cached_bytes > self._cache_bytes:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].state.nbytes
 
 
 def shake_hands(job: Job, worker: str) -> None:
@@ -199,11 +219,11 @@ def _lineage(step: Step, parents: list[_Held]) -> tuple[Mapping[str, Any], ...]:
     before = list(first)
     for parent in parents[1:]:
         before += [entry for entry in parent.lineage if entry not in before]
-    ancestors = [entry["key"] for entry in before[-1:]]
+    ancestors = [line[-1]["key"] for line in (first, *(parent.lineage for parent in parents[1:])) if line]
     return (*before, {"key": step.key, **ops.to_plain(step.op), "from": ancestors})
 
 
-def _failed(segment: Segment, step: Step, error: Exception) -> Failed:
+def _failed(segment: Segment, step: Step, error: BaseException) -> Failed:
     if isinstance(error, NotFinite):
         kind = "diverged"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):

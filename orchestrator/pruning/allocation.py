@@ -103,6 +103,7 @@ def uniform(op: Prune, tensors: Tensors, drop: int) -> dict[str, Fraction]:
 @allocation("erk")
 def erk(op: Prune, tensors: Tensors, drop: int) -> dict[str, Fraction]:
     """Density in proportion to (sum of a layer's dimensions) / (their product) (Evci et al., 2020)."""
+    _refuse_factors(op)
     free = [name for name in _free(op, tensors) if tensors.kept[name]]
     keep = sum(tensors.kept[name] for name in free) - drop
     raw = {name: Fraction(sum(tensors.shapes[name])) for name in free}  # density x size
@@ -121,6 +122,7 @@ def erk(op: Prune, tensors: Tensors, drop: int) -> dict[str, Fraction]:
 @allocation("given")
 def given(op: Prune, tensors: Tensors, drop: int) -> dict[str, Fraction]:
     """Each layer's own target, as the study gives it; the other layers share the rest evenly."""
+    _refuse_factors(op)
     targets = {name: exact(target) for name, target in op.targets}
     sizes = {name: prod(shape) for name, shape in tensors.shapes.items()}
     named = {
@@ -133,8 +135,14 @@ def given(op: Prune, tensors: Tensors, drop: int) -> dict[str, Fraction]:
     left = sum(others.values())
     if rest < 0 or rest > left:
         raise PlanError(f"the layers' own targets cannot come to an overall sparsity of {op.sparsity}")
-    shared = {name: kept - Fraction(rest * kept, left) for name, kept in others.items()} if left else {}
+    shared = {name: kept - Fraction(rest * kept, left) if kept else Fraction(0) for name, kept in others.items()}
     return {name: (named | shared)[name] for name in _free(op, tensors)}
+
+
+def _refuse_factors(op: Prune) -> None:
+    for name, factor in op.factors:
+        if factor not in (0, 1):
+            raise PlanError(f"the factor {factor:g} of {name!r} goes with allocation 'uniform', not {op.allocation!r}")
 
 
 def _free(op: Prune, tensors: Tensors) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,7 +38,7 @@ def keep_top(scores: Tensor, keep: int, *, magnitudes: Tensor, hashes: Tensor) -
     tied = torch.nonzero(scores == threshold).squeeze(1)
     wanted = keep - int(kept.sum())
     if wanted < tied.numel():
-        order = np.lexsort((hashes[tied].numpy(), -magnitudes[tied].numpy()))
+        order = np.lexsort((hashes[tied].numpy(), -magnitudes[tied].double().numpy()))
         tied = tied[torch.from_numpy(order[:wanted].copy())]
     kept[tied] = True
     return kept
@@ -52,7 +54,7 @@ def index_hashes(name: str, count: int) -> Tensor:
     return torch.from_numpy(z.view(np.int64))
 
 
-def sparsity(masks: dict[str, Tensor], total: int) -> float:
+def sparsity(masks: Mapping[str, Tensor], total: int) -> float:
     """The masked fraction of `total` prunable weights; tensors without a mask are dense."""
     masked = sum(mask.numel() - int(mask.sum()) for mask in masks.values())
     return masked / total

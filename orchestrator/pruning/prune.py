@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from orchestrator.errors import StageFailed
+from orchestrator.errors import NotFinite, StageFailed
 from orchestrator.ops import Prune
 from orchestrator.pruning.allocation import Tensors, counts
 from orchestrator.pruning.criteria import CRITERIA, needs
@@ -29,13 +30,13 @@ def prune(op: Prune, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor],
 
     Raises:
         NotFinite: a score is NaN or infinite.
-        StageFailed: the criterion returned another shape, or the asked-for sparsity cannot be reached.
+        StageFailed: the criterion returned no tensor of the weight's shape, or the asked-for sparsity cannot be reached.
     """
     before = {name: masks.get(name, torch.ones(w.shape, dtype=torch.bool)) for name, w in weights.items()}
     free = [name for name in weights if dict(op.factors).get(name, 1.0) > 0]
     scores = score(op, {name: weights[name] for name in free}, supply)
     if op.threshold is not None:
-        after = {name: _above(op, scores[name], weights[name], before[name]) for name in free}
+        after = {name: _above(op, name, scores[name], weights[name], before[name]) for name in free}
     else:
         tensors = Tensors(
             shapes={name: tuple(w.shape) for name, w in weights.items()},
@@ -49,27 +50,40 @@ def prune(op: Prune, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor],
 
 
 def score(op: Prune, weights: Mapping[str, Tensor], supply: Supply) -> dict[str, Tensor]:
-    """The criterion's score of each tensor, of the tensor's shape."""
+    """The criterion's score of each tensor: a real number for each weight.
+
+    Criteria are handed copies in single precision or better: they may write on them, and halves would tie.
+    """
     entry = CRITERIA[op.criterion]
     supplied = {need: supply(need) for need in needs(entry)}
-    own = {name: value for name, value in op.parameters if name != "examples"}
+    own = {name: value for name, value in op.parameters if name != "examples" or "gradient" not in supplied}
     scores = {}
     for name, weight in weights.items():
-        scores[name] = entry.function(weight, **{need: given[name] for need, given in supplied.items()}, **own)
-        if scores[name].shape != weight.shape:
-            shapes = f"{tuple(scores[name].shape)} for a weight of shape {tuple(weight.shape)}"
+        given = {need: _copied(values[name]) for need, values in supplied.items()}
+        found = entry.function(_copied(weight), **given, **own)
+        if not isinstance(found, Tensor) or found.is_complex():
+            kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
+            raise StageFailed(f"criterion {op.criterion!r} returned {kind} for {name!r}, not a tensor of real numbers")
+        if found.shape != weight.shape:
+            shapes = f"{tuple(found.shape)} for a weight of shape {tuple(weight.shape)}"
             raise StageFailed(f"criterion {op.criterion!r} returned scores of shape {shapes} ({name!r})")
+        found = found.detach().to("cpu")
+        scores[name] = found if found.is_floating_point() else found.double()
     return scores
 
 
-def _above(op: Prune, scores: Tensor, weight: Tensor, before: Tensor) -> Tensor:
+def _copied(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+
+
+def _above(op: Prune, name: str, scores: Tensor, weight: Tensor, before: Tensor) -> Tensor:
     """Kept entries with a score of at least the threshold; its std unit is that of the tensor's kept weights."""
     assert op.threshold is not None
     kept = weight[before]
     if not torch.isfinite(scores[before]).all():
-        from orchestrator.errors import NotFinite
-
-        raise NotFinite("a score is NaN or infinite")
+        raise NotFinite(f"scores of {name!r} are NaN or infinite")
     unit = float(kept.double().std(correction=0)) if op.threshold_unit == "std" and kept.numel() else 1.0
     return before & (scores.double() >= op.threshold * unit)
 

@@ -46,7 +46,8 @@ MOST_PARTS = 64
 _SHORTEST_INTERVAL_SECONDS = 10.0
 _INTERVAL_PER_DURATION = 20.0
 _READ_ATTEMPTS = 10
-_ROWS_PER_GROUP = 128 * 1024
+# Small groups let a reader fetch a few rows in full without decoding the rest.
+_ROWS_PER_GROUP = 4 * 1024
 # Columns whose values repeat from row to row. Unique ones such as keys only cost time in a dictionary.
 _REPEATING = {"trial", "round", "seed", "params", "task_digest", "device", "versions", "event", "total_params", "flops"}
 
@@ -253,6 +254,30 @@ def read(files: Files, study: str, kind: str, columns: Sequence[str] | None = No
     raise StoreError(f"{paths.ledger(study)} in the store {files.name} changes too fast to be read")
 
 
+class Outcomes:
+    """A study's outcomes as they stand at one moment: columns of all rows, and single rows in full."""
+
+    def __init__(self, files: Files, study: str) -> None:
+        found = _list(files, study, report=True)
+        self._opened = _open_outcomes(files, study)
+        parts = _uncovered(found, "outcomes", self._opened.watermarks if self._opened else {})[1]
+        self._table = read(files, study, "outcomes") if parts or self._opened is None else None
+
+    def table(self, columns: Sequence[str]) -> Any:
+        """The columns of every row, as a `pyarrow.Table`."""
+        if self._table is not None:
+            return self._table.select(list(columns))
+        assert self._opened is not None
+        return self._opened.table(columns)
+
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Every column of the rows at `indices`, in that order; indices count the rows of `table`."""
+        if self._table is not None:
+            return list(self._table.take(indices).to_pylist())
+        assert self._opened is not None
+        return self._opened.rows(indices)
+
+
 class _Unreadable(Exception):
     """A torn or foreign Parquet file."""
 
@@ -278,11 +303,25 @@ class _Parquet:
         except _ARROW_ERRORS as error:
             raise _Unreadable(_line(error)) from error
 
-    def table(self, columns: Sequence[str] | None = None) -> Any:
+    def rows(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows at `indices` in that order; only the row groups that hold them are read."""
+        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        starts = np.cumsum([0, *sizes])
+        wanted = np.asarray(indices, dtype=np.int64)
+        groups = np.searchsorted(starts, wanted, side="right") - 1
+        found: dict[int, dict[str, Any]] = {}
+        for group in np.unique(groups).tolist():
+            of_group = wanted[groups == group]
+            table = self.table(group=group).take(of_group - starts[group])
+            found.update(zip(of_group.tolist(), table.to_pylist(), strict=True))
+        return [found[index] for index in wanted.tolist()]
+
+    def table(self, columns: Sequence[str] | None = None, *, group: int | None = None) -> Any:
         """In the schema of now: columns that an older version lacked are null, those of a later one are left out."""
         fields = [SCHEMAS[self.kind].field(name) for name in (COLUMNS[self.kind] if columns is None else columns)]
+        names = [field.name for field in fields if field.name in self._present]
         try:
-            found = self._file.read([field.name for field in fields if field.name in self._present])
+            found = self._file.read(names) if group is None else self._file.read_row_group(group, names)
             arrays = [
                 found[field.name].cast(field.type)
                 if field.name in self._present

@@ -13,7 +13,7 @@ from orchestrator.store.files import Files
 from orchestrator.store.states import States
 
 if TYPE_CHECKING:
-    from orchestrator.store.ledger import Ledger
+    from orchestrator.store.ledger import Ledger, Outcomes
 
 _LOG = logging.getLogger("orchardist.store")
 
@@ -74,3 +74,9 @@ class Store:
         from orchestrator.store import ledger
 
         return ledger.read(self.files, name, kind, columns)
+
+    def outcomes(self, name: str) -> Outcomes:
+        """The study's outcomes as they stand now, to be read in columns and in single rows."""
+        from orchestrator.store.ledger import Outcomes
+
+        return Outcomes(self.files, name)

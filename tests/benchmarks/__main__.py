@@ -1,0 +1,188 @@
+"""`make bench`: every figure in one run, printed as one Markdown table. About ten minutes on two cores.
+
+    python -m tests.benchmarks [--limit N]        with --limit, a quick look: only the first N of the 40 proposals, …
+
+Every script runs in a process of its own, one after the other; what each one is doing goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+HERE = Path(__file__).parent
+COMMAND = Path(sys.executable).with_name("orchardist")
+CRITERIA = {"l1": "magnitude", "random": "random"}
+
+
+def measure(script: str, *arguments: object) -> dict[str, Any]:
+    """The JSON line that a script prints, with `wall`: the seconds of its whole process."""
+    words = [str(argument) for argument in arguments]
+    print(f"{script} {' '.join(words)}".rstrip(), file=sys.stderr, flush=True)
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "RAY_AUTH_MODE": "disabled"}
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, HERE / script, *words], stdout=subprocess.PIPE, text=True, check=True, env=environment
+    )
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found | {"wall": time.perf_counter() - began}
+
+
+def last_accuracies(store: str, proposals: list[dict[str, Any]]) -> list[float]:
+    """Test accuracy of each proposal's last round; proposals that share a chain find it under the first of them."""
+    table = pq.read_table(
+        Path(store, "studies", "proposals", "outcomes.parquet"), columns=["round", "params", "test_accuracy"]
+    )
+    reached = {}
+    for row in table.to_pylist():
+        params = json.loads(row["params"])
+        if params:
+            reached[params["criterion"], params["rate"], params["retrain"], row["round"]] = row["test_accuracy"]
+    return [
+        reached[CRITERIA[wanted["criterion"]], wanted["amount"], wanted["strategy"], wanted["rounds"]]
+        for wanted in proposals
+    ]
+
+
+def same_proposals(limit: int | None) -> list[tuple[str, ...]]:
+    """The same 40 proposals here and under Ray Tune, and the bare loop beside them."""
+    proposals = json.loads((HERE / "proposals.json").read_text())[:limit]
+    some = ("--limit", len(proposals))
+    with tempfile.TemporaryDirectory() as store:
+        ours = measure("shared_prefixes.py", *some, "--store", store)
+        accuracies = last_accuracies(store, proposals)
+    tuned = measure("ray_tune_baseline.py", "--variant", "tuned", *some)
+    plain = measure("ray_tune_baseline.py", "--variant", "plain", *some)
+    bare = measure("bare_loop.py")["epochs_per_second"]
+    rows: list[tuple[str, ...]] = []
+    for variant, theirs, goal in (("plain", plain, 10.0), ("tuned", tuned, 5.5)):
+        other = [trial["test_accuracy"] for trial in theirs["trials"]]
+        apart = [a - b for a, b in zip(accuracies, other, strict=True)]
+        error = statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else float("nan")
+        rows += [
+            (
+                f"{len(proposals)} proposals, seconds; beside Ray Tune, {variant}",
+                f"{ours['wall']:.1f}",
+                f"{theirs['wall']:.1f}",
+                f"{theirs['wall'] / ours['wall']:.1f}×",
+                f"{goal:g}×",
+            ),
+            (
+                f"their mean test accuracy; beside Ray Tune, {variant}",
+                f"{statistics.mean(accuracies):.3f}",
+                f"{statistics.mean(other):.3f}",
+                f"{statistics.mean(apart):+.3f} ± {error:.3f}",
+                "within seed noise",
+            ),
+        ]
+    speed = ours["epochs_run"] / (ours["wall_s"] - ours["ray_ready_s"])
+    rows += [
+        (
+            "their epochs run; beside those asked for",
+            f"{ours['epochs_run']:.0f}",
+            f"{ours['epochs_asked']:.0f}",
+            "",
+            "",
+        ),
+        (
+            "epochs a second on two workers, start-up excluded; beside the bare loop on two",
+            f"{speed:.1f}",
+            f"{2 * bare:.1f}",
+            f"{speed / (2 * bare):.0%}",
+            "85%",
+        ),
+    ]
+    return rows
+
+
+def overhead(trials: int) -> list[tuple[str, ...]]:
+    """Trials that do nothing."""
+    theirs = measure("ray_tune_overhead.py", "--trials", min(trials, 200))
+    rows: list[tuple[str, ...]] = []
+    for sampler, count in (("random", trials), ("tpe", min(trials, 2000))):
+        ours = measure("overhead.py", "--trials", count, "--sampler", sampler)
+        rows.append(
+            (
+                f"empty trials a second, sampler {sampler}; beside Ray Tune, random",
+                f"{ours['per_s']:.0f}",
+                f"{theirs['trials_per_second']:.1f}",
+                f"{ours['per_s'] / theirs['trials_per_second']:.0f}×",
+                "200" if sampler == "random" else "",
+            )
+        )
+        if sampler == "random" and "kb_per_trial" in ours:
+            growth = f"{ours['kb_per_trial']:.1f}"
+            rows.append((f"driver memory, KB a trial up to {count:,} trials", growth, "", "", "< 10"))
+    return rows
+
+
+def reading(outcomes: int) -> list[tuple[str, ...]]:
+    """The front of many outcomes, and Optuna's of 10,000 trials."""
+    ours = measure("reading.py", "--outcomes", outcomes)
+    theirs = measure("optuna_best_trials.py")
+    per_row, their_row = ours["seconds"] / ours["outcomes"], theirs["seconds"] / theirs["trials"]
+    return [
+        (
+            f"front of {outcomes:,} outcomes, seconds beyond start-up; beside the bare scan",
+            f"{ours['seconds']:.2f}",
+            f"{ours['scan_seconds']:.2f}",
+            "",
+            "< 1",
+        ),
+        (
+            f"microseconds a row; beside Optuna's best_trials at {theirs['trials']:,}",
+            f"{1e6 * per_row:.2f}",
+            f"{1e6 * their_row:.1f}",
+            f"{their_row / per_row:.0f}×",
+            "30×",
+        ),
+    ]
+
+
+def help_page() -> list[tuple[str, ...]]:
+    """The shortest of five times of `orchardist --help`."""
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([COMMAND, "--help"], stdout=subprocess.DEVNULL, check=True)
+        best = min(best, time.perf_counter() - began)
+    return [("`orchardist --help`, seconds", f"{best:.2f}", "", "", "< 0.5")]
+
+
+def main() -> None:
+    """Measure everything and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, help="a quick look: N proposals, 100·N empty trials, 10,000·N outcomes")
+    limit = parser.parse_args().limit
+    rows = [
+        *help_page(),
+        *same_proposals(limit),
+        *overhead(100 * limit if limit else 20_000),
+        *reading(10_000 * limit if limit else 1_000_000),
+    ]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("orchardist", "torch", "ray", "optuna"))
+    header = (
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, {versions}",
+        "Orchardist",
+        "beside",
+        "",
+        "goal",
+    )
+    lines = [header, ("---", "---:", "---:", "---:", "---:"), *rows]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+if __name__ == "__main__":
+    main()
