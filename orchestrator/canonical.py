@@ -1,4 +1,4 @@
-"""One canonical form of plain data, for every digest. A field that equals its default is left out, so a new one is free."""
+"""One canonical form of plain data, for every digest. What equals its default is left out: a new field is no change."""
 
 from __future__ import annotations
 

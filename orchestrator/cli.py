@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -49,6 +54,7 @@ Minimise = Annotated[
     str | None, typer.Option("--minimise", metavar="MEASURE", help="then the one with the least of it")
 ]
 DEFAULT_STORE = "./orchard"
+_LONGEST_WAIT_SECONDS = 5.0
 
 
 @app.command()
@@ -79,6 +85,10 @@ def run(
             from orchestrator.pools.local import LocalPool
 
             return LocalPool()
+        if address is None:
+            from orchestrator.pools import this_machine
+
+            return this_machine(workers, gpus_per_worker)
         from orchestrator.pools.ray import RayPool
 
         return RayPool(workers, address=address, gpus_per_worker=gpus_per_worker)
@@ -203,7 +213,8 @@ def check(
 def main() -> None:
     """The `orchardist` command. Wrong input ends with exit code 2, an interrupt with 130."""
     try:
-        app(standalone_mode=True)
+        with _imports_uninterrupted():
+            app(standalone_mode=True)
     except (InputError, WorkersUnusable) as error:
         _end(str(error), 2)
     except OrchardistError as error:
@@ -217,6 +228,41 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+@contextmanager
+def _imports_uninterrupted() -> Iterator[None]:
+    """Within the block Ctrl-C waits for the end of an import, though not for long.
+
+    An interrupted import can leave its module locked for good, and a thread that imports it too, such as the one
+    that starts Ray, would never end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[float] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        asked.append(time.monotonic())
+        if _importing(frame) and asked[-1] - asked[0] < _LONGEST_WAIT_SECONDS:
+            again = threading.Timer(0.02, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+        else:
+            asked.clear()
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _interrupted() -> NoReturn:

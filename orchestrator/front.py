@@ -25,12 +25,11 @@ Columns = dict[str, NDArray[np.float64]]
 
 @dataclass(frozen=True, kw_only=True)
 class Points:
-    """Every (trial, round) that all seeds have measured: columns of means, row by row; and the dense model's means."""
+    """Every (trial, round) that all seeds have measured: columns of means, row by row."""
 
     trials: NDArray[np.int64]
     rounds: NDArray[np.int64]
     columns: Columns
-    dense: dict[str, float]
     dense_rows: list[int]
     rows: list[NDArray[np.int64]] | NDArray[np.int64]
     """The rows of the outcome table behind each point."""
@@ -88,7 +87,8 @@ def front(
     wanted += [column_of(minimise)] if minimise else []
     outcomes = store.outcomes(study)
     points = read_points(outcomes, list(dict.fromkeys(wanted)), seeds)
-    kept = _kept(points, bounds, constraints or {}, where)
+    dense = _describe_dense(outcomes, points)
+    kept = _kept(points, bounds, dense or {}, where)
     if minimise is not None:
         values = points.columns[column_of(minimise)][kept]
         if len(kept) and np.isnan(values).all():
@@ -103,7 +103,7 @@ def front(
     return Front(
         study=study,
         objectives=tuple(objectives),
-        dense=_describe_dense(outcomes, points),
+        dense=dense,
         points=tuple(_describe(outcomes, points, chosen, objectives)),
         knee=knee,
     )
@@ -123,14 +123,12 @@ def read_points(outcomes: Outcomes, columns: Sequence[str], seeds: int) -> Point
             if metrics and not any(name in row for row in metrics):
                 raise QueryError(str(UnknownName("measure", name, known_measures(metrics[0]))))
     is_dense = trials == DENSE_TRIAL
-    dense = {name: float(column[is_dense].mean()) for name, column in values.items() if is_dense.any()}
     rows = np.flatnonzero(~is_dense)
     if seeds == 1:
         return Points(
             trials=trials[rows],
             rounds=rounds[rows],
             columns={name: column[rows] for name, column in values.items()},
-            dense=dense,
             dense_rows=np.flatnonzero(is_dense).tolist(),
             rows=rows,
         )
@@ -144,7 +142,6 @@ def read_points(outcomes: Outcomes, columns: Sequence[str], seeds: int) -> Point
         trials=trials[table_of[:, 0]],
         rounds=rounds[table_of[:, 0]],
         columns={name: column[table_of].mean(axis=1) for name, column in values.items()},
-        dense=dense,
         dense_rows=np.flatnonzero(is_dense).tolist(),
         rows=groups,
     )
@@ -164,13 +161,13 @@ def _bound(text: str) -> Bound:
 
 
 def _kept(
-    points: Points, bounds: Sequence[Bound], constraints: Mapping[str, str], where: Sequence[str]
+    points: Points, bounds: Sequence[Bound], dense_model: Mapping[str, Any], where: Sequence[str]
 ) -> NDArray[np.int64]:
     everything = np.arange(len(points.trials))
     if not bounds or not len(everything):
         return everything
     columns = {b.measure: points.columns[column_of(b.measure)] for b in bounds}
-    dense = {b.measure: points.dense[column_of(b.measure)] for b in bounds if column_of(b.measure) in points.dense}
+    dense = {b.measure: dense_model[column_of(b.measure)] for b in bounds if column_of(b.measure) in dense_model}
     try:
         kept = np.flatnonzero(satisfied(bounds, columns, dense))
         if not len(kept) and where:
@@ -197,12 +194,19 @@ def _describe(
 ) -> list[dict[str, Any]]:
     """Everything that is recorded of the chosen points, with means over their seeds."""
     groups = [np.atleast_1d(points.rows[int(index)]).tolist() for index in chosen]
+    if not groups:
+        return []
     rows = iter(outcomes.rows([row for group in groups for row in group]))
     return [_point([next(rows) for _ in group], objectives) for group in groups]
 
 
 def _describe_dense(outcomes: Outcomes, points: Points) -> dict[str, Any] | None:
-    return _point(outcomes.rows(points.dense_rows), ()) if points.dense_rows else None
+    """The dense model of the task as it is now: a change of task that was accepted leaves those of before behind."""
+    rows = outcomes.rows(points.dense_rows) if points.dense_rows else []
+    if not rows:
+        return None
+    latest = max(rows, key=lambda row: row["finished_at"] or 0.0)["task_digest"]
+    return _point([row for row in rows if row["task_digest"] == latest], ())
 
 
 def _point(rows: Sequence[Mapping[str, Any]], objectives: Sequence[Objective]) -> dict[str, Any]:

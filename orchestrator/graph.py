@@ -31,7 +31,7 @@ class Facts:
 class Step:
     """One stage of a segment: run `op` on the states `inputs`; a Train op goes on from where its run was last cut.
 
-    A Train whose own state is there, but not its outcome, goes on from that very state for 0 steps, to be measured.
+    Where the state is there and only its outcome is wanted, the input is that very state.
     """
 
     key: str
@@ -98,11 +98,6 @@ class _Entry:
     """Optimizer steps on the longest way from here to the end, and a little for each stage; this one included."""
     failed: bool = False
 
-    @property
-    def lost(self) -> bool:
-        """Its state is not there and will not be."""
-        return self.failed and not self.facts.present
-
 
 @dataclass(frozen=True)
 class _Running:
@@ -129,8 +124,13 @@ class Graph:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, plan: Plan, facts: Callable[[str], Facts]) -> None:
-        """Merge a plan; `facts` is asked once for each key of which an outcome or a state is wanted."""
+    def add(self, plan: Plan, facts: Callable[[str], Facts]) -> set[str]:
+        """Merge a plan; `facts` is asked once for each key of which an outcome or a state is wanted.
+
+        Returns the keys that cannot be had, since stages before them have failed already. Keys of earlier plans are
+        among them where this plan wants more of a state than is there.
+        """
+        failed: set[str] = set()
         for node in plan.nodes:
             entry = self._entries.get(node.key)
             if entry is None:
@@ -139,11 +139,13 @@ class Graph:
                 entry.node = merged(entry.node, node)
             if not entry.asked and (node.evaluated or node.stored):
                 entry.facts, entry.asked = facts(node.key), True
-            entry.failed = entry.failed or any(self._entries[key].lost for key in node.parents)
             entry.holders += 1
             self._review(node.key)
+            if any(self._entries[key].failed for key in node.parents) and not self._has_its_own(node.key):
+                failed |= self.fail(node.key)
         for node in reversed(plan.nodes):
             self._raise_height(node.key)
+        return failed
 
     def release(self, plan: Plan) -> None:
         """Forget what only this plan wanted."""
@@ -172,10 +174,15 @@ class Graph:
                 yield self._give_out(self._goes_on_from(target, steps, wanted))
 
     def done(self, key: str, facts: Facts) -> None:
-        """A stage was run and reported; `facts` is what there is of its key now."""
+        """A stage was run and reported; `facts` is what the report brought of its key. What was there stays there."""
         self._running.pop(key, None)
         if key in self._entries:
-            self._entries[key].facts = facts
+            before = self._entries[key].facts
+            self._entries[key].facts = Facts(
+                known=before.known or facts.known,
+                present=before.present or facts.present,
+                resumable=before.resumable or facts.resumable,
+            )
         self._review(key)
 
     def give_back(self, segment: Segment) -> None:
@@ -202,8 +209,7 @@ class Graph:
             entry = self._entries.get(key)
             if entry is not None:
                 entry.failed = True
-                if not entry.facts.present:
-                    stack += [later for later in self._doomed_by(entry) if not self._has_its_own(later, key)]
+                stack += [later for later in self._doomed_by(entry) if not self._has_its_own(later, key)]
             self._review(key)
         return failed
 
@@ -239,23 +245,26 @@ class Graph:
         return entry.facts.present and (entry.facts.resumable or not entry.node.resumable)
 
     def _resumable(self, key: str) -> bool:
-        """Whether the optimizer state is to be stored: a plan says so, or a later cut of the run goes on from here."""
-        entry = self._entries[key]
-        if entry.node.resumable or entry.facts.present:
-            return entry.node.resumable
-        later = [cut for cut in self._later_cuts(entry) if self._is_coming(cut)]
-        return any(self._last_cut_before(self._entries[cut]) == key for cut in later)
+        """Whether the optimizer state is to be stored, where the state is."""
+        return self._entries[key].node.resumable or self._is_gone_on_from(key)
 
     def _stored(self, key: str) -> bool:
         """Whether the state is to be stored: a plan says so, or training would otherwise be done twice."""
         entry = self._entries[key]
         if entry.node.stored or entry.run is None:
             return entry.node.stored
-        return len(entry.children) > 1 or self._resumable(key)
+        return len(entry.children) > 1 or self._is_gone_on_from(key)
+
+    def _is_gone_on_from(self, key: str) -> bool:
+        """Whether a later cut of the same run is to go on from this one, once this is made."""
+        entry = self._entries[key]
+        if entry.facts.present:
+            return False
+        later = [cut for cut in self._later_cuts(entry) if self._is_coming(cut)]
+        return any(self._last_cut_before(self._entries[cut]) == key for cut in later)
 
     def _is_coming(self, key: str) -> bool:
-        entry = self._entries[key]
-        return not entry.facts.present and not entry.failed and key not in self._running
+        return not self._there(key) and not self._entries[key].failed and key not in self._running
 
     def _last_cut_before(self, entry: _Entry) -> str | None:
         """The cut of the entry's run that it can go on from: one that is there, or that will be."""
@@ -282,9 +291,9 @@ class Graph:
 
     def _inputs(self, key: str) -> tuple[str, ...]:
         """What the stage is run from: its parents, or the last cut of its run of training, or itself to be measured."""
-        entry = self._entries[key]
-        if entry.run is not None and self._there(key):
+        if self._there(key):
             return (key,)
+        entry = self._entries[key]
         cut = self._last_cut_before(entry)
         return entry.node.parents if cut is None else (cut,)
 
@@ -303,11 +312,9 @@ class Graph:
                 doomed.append(key)
         return doomed
 
-    def _has_its_own(self, key: str, failed: str) -> bool:
+    def _has_its_own(self, key: str, failed: str = "") -> bool:
         """Whether a stage does not wait for the failed one: its state is there, or another segment is at it."""
-        if self._entries[key].facts.present:
-            return True
-        return key in self._running and failed not in self._running[key].beside
+        return self._there(key) or (key in self._running and failed not in self._running[key].beside)
 
     def _find_needed(self) -> set[str]:
         """Stages that must be run and reported: unknown points, and stored states on the way to them."""
@@ -335,7 +342,7 @@ class Graph:
         while stack:
             inputs = self._inputs(stack[-1])
             missing = [k for k in inputs if k not in way and k not in made and not self._there(k)]
-            if any(k in self._running or self._entries[k].lost or self._stored(k) for k in missing):
+            if any(k in self._running or self._entries[k].failed or self._stored(k) for k in missing):
                 return None
             if missing:
                 stack += missing

@@ -60,6 +60,7 @@ class Narrowed:
     def _install(self, name: str) -> None:
         layer, columns = self._layers[name], self.columns[name]
         whole = layer.weight
+        assert isinstance(whole, nn.Parameter)
         if name not in self._narrow:
             self._narrow[name] = nn.Parameter(whole.detach().index_select(1, columns), whole.requires_grad)
         self._whole[name] = whole
@@ -175,7 +176,7 @@ class _Watch(TorchFunctionMode):
     """Notes who looks at the weights of `layers`: every torch function that is handed one, or a view of one."""
 
     def __init__(self, layers: Mapping[str, nn.Linear], inputs: Tensor | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.layers = layers
         self.called: set[str] = set()
         self.read: set[str] = set()

@@ -1,8 +1,9 @@
 """Optimizer steps on plain tensors.
 
 The arithmetic is PyTorch's own fused kernels, bit for bit what `torch.optim` computes with `fused=True` (a test holds
-them together); the optimizer classes around them take a tenth of a small model's step. Each optimizer is elementwise,
-so an entry whose weight, gradient and moments are zero stays zero, with or without weight decay.
+them together; SGD in half precision is the exception); the optimizer classes around them take a tenth of a small
+model's step. Each optimizer is elementwise, so an entry whose weight, gradient and moments are zero stays zero, with or
+without weight decay.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from orchestrator.registry import Registry
 
 Step = Callable[[Sequence[Tensor], Sequence[Tensor], Mapping[str, list[Tensor]], Recipe, float], None]
 OPTIMIZERS: Registry[Step] = Registry("optimizer")
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,12 @@ def sgd(
     lr: float,
 ) -> None:
     """Stochastic gradient descent with classical momentum and L2 weight decay."""
+    if any(p.dtype in HALVES for p in parameters):
+        _sgd_in_halves(parameters, gradients, slots["momentum"], recipe, lr)
+        return
     torch._fused_sgd_(
-        parameters,
-        gradients,
+        list(parameters),
+        list(gradients),
         slots["momentum"] if recipe.momentum else [],
         lr=lr,
         momentum=recipe.momentum,
@@ -113,3 +119,15 @@ def sgd(
         maximize=False,
         is_first_step=False,
     )
+
+
+def _sgd_in_halves(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], momenta: Sequence[Tensor], recipe: Recipe, lr: float
+) -> None:
+    """The step in single operations: on a CPU the fused kernel of torch 2.13 is wrong in half precision."""
+    for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True):
+        if recipe.weight_decay:
+            gradient = gradient.add(parameter, alpha=recipe.weight_decay)
+        if recipe.momentum:
+            gradient = momentum.mul_(recipe.momentum).add_(gradient)
+        parameter.add_(gradient, alpha=-lr)

@@ -45,16 +45,18 @@ class Standing:
     def says(self) -> str:
         """One line: trials, epochs run and saved, the best so far."""
         saved = f", {1 - self.epochs_run / self.epochs_asked:.0%} shared" if self.epochs_asked > self.epochs_run else ""
-        stages = f"{self.stages_run} of {self.stages_asked} stages"
-        parts = [
-            f"{self.ended}/{self.asked} trials",
-            f"{self.epochs_run:.0f} of {self.epochs_asked:.0f} epochs and {stages} run{saved}",
-        ]
+        epochs, stages = _of(self.epochs_run, self.epochs_asked), _of(self.stages_run, self.stages_asked)
+        parts = [f"{self.ended}/{self.asked} trials", f"{epochs} epochs and {stages} stages run{saved}"]
         if self.failed:
             parts.insert(1, f"{self.failed} failed")
         if self.best:
             parts.append("best " + ", ".join(f"{name} {value:.4g}" for name, value in self.best.items()))
         return " · ".join(parts)
+
+
+def _of(run: float, asked: float) -> str:
+    """What was asked for is known of the trials that are done: in the beginning that is less than was run."""
+    return f"{run:.0f} of {asked:.0f}" if asked >= run else f"{run:.0f}"
 
 
 class Progress(Protocol):

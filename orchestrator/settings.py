@@ -199,12 +199,19 @@ def check_value(name: str, value: Any) -> None:
 def complaints(error: ValidationError) -> list[str]:
     """A validation error as short lines: where, what, and what would be legal."""
     lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
+    problems = error.errors()
+    for problem in problems:
+        place = problem["loc"]
+        inside = any(len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in problems)
+        if problem["type"] == "too_short" and inside:
+            continue  # the wrong items were left out before the rest was counted
+        where = ".".join(str(part) for part in place)
+        message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        if problem["type"] == "too_short":
+            message = "must not be empty"
         given = problem.get("input")
-        plain = isinstance(given, (str, int, float, bool))
-        shown = f" (got {given!r})" if plain and repr(given) not in message else ""
+        said = isinstance(given, str) and repr(given) in message
+        shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) and not said else ""
         lines.append(f"{where}: {message[:1].lower()}{message[1:]}{shown}" if where else message)
     return lines
 

@@ -31,7 +31,7 @@ from search.space import Choice, Parameter, Range, Space, SpaceError, flatten
 from search.space import parse as parse_space
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-MOST_MIXES = 4000
+MOST_MIXES = 1000
 """How many mixes of choices are tried out before a study starts; of larger spaces, as many drawn at random."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -92,7 +92,8 @@ class StudySpec(Section):
         try:
             return cls(**tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
-            raise SpecError(f"{path}: not valid TOML: {error}") from error
+            end = f"at line {text.count(chr(10)) + 1}, the end of the file"
+            raise SpecError(f"{path}: not valid TOML: {str(error).replace('at end of document', end)}") from error
         except InputError as error:
             raise SpecError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
 
@@ -193,9 +194,12 @@ class StudySpec(Section):
         return settings
 
     def digest(self) -> str:
-        """What the study is, apart from how far it is run: trials and enqueued proposals are left out."""
+        """What the study is, apart from how far it is run: trials and enqueued proposals are left out.
+
+        The order of the space's parameters is part of it, as it decides what proposal n is.
+        """
         plain = self.model_dump(exclude={"trials", "enqueue"}, exclude_defaults=True)
-        return digest(plain)
+        return digest(plain | ({"space": json.dumps(self.space)} if self.space else {}))
 
     def to_toml(self) -> str:
         """The study as TOML, for studies that were made in Python."""
@@ -228,7 +232,8 @@ def _check_parameter(parameter: Parameter) -> None:
         try:
             check_value(parameter.name, value)
         except InputError as error:
-            raise ValueError(f"space.{error}" if dot or first in str(error) else f"space.{first}: {error}") from error
+            named = str(error).startswith(parameter.name)
+            raise ValueError(f"space.{error}" if named else f"space.{parameter.name}: {error}") from error
 
 
 def _plain(value: Any, place: str = "") -> Any:
@@ -261,17 +266,21 @@ def _legal(line: str) -> str:
     return str(UnknownName(f"key {place}:", key, known))
 
 
-def _toml(table: Mapping[str, Any], prefix: str = "") -> str:
+def _toml(table: Mapping[str, Any]) -> str:
+    """Tables within tables stand inline, so that the parameters of a space keep their order."""
     lines, tables = [], []
     for name, value in table.items():
-        key = _toml_key(name)
         if isinstance(value, Mapping):
-            tables.append(f"\n[{prefix}{key}]\n{_toml(value, f'{prefix}{key}.')}")
-        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-            tables += [f"\n[[{prefix}{key}]]\n{_toml(item, f'{prefix}{key}.')}" for item in value]
+            tables.append(f"\n[{name}]\n{_toml_lines(value)}")
+        elif name == "enqueue":
+            tables += [f"\n[[{name}]]\n{_toml_lines(item)}" for item in value]
         else:
-            lines.append(f"{key} = {_toml_value(value)}\n")
+            lines.append(_toml_lines({name: value}))
     return "".join([*lines, *tables])
+
+
+def _toml_lines(table: Mapping[str, Any]) -> str:
+    return "".join(f"{_toml_key(name)} = {_toml_value(value)}\n" for name, value in table.items())
 
 
 def _toml_key(name: str) -> str:

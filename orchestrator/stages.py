@@ -137,7 +137,7 @@ class Stages:
                 if count <= 0:
                     break
         else:
-            for indices in torch.randperm(len(self.train), generator=generator)[:count].split(256):
+            for indices in torch.split(torch.randperm(len(self.train), generator=generator)[:count], 256):
                 yield self.train.take(indices)
 
 

@@ -24,7 +24,7 @@ class State:
     Args:
         weights: parameters and persistent buffers by name; tied parameters once, under their first name.
         masks: by parameter name, bool and of the parameter's shape; True = kept. A tensor without a mask is dense.
-        optimizer: moments and step counts by `"slot/parameter"`; empty where training would begin with a fresh optimizer.
+        optimizer: moments and step counts by `"slot/parameter"`; empty where training begins with fresh ones.
         position: optimizer steps since init.
     """
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,14 @@ from orchestrator.errors import InputError, QueryError, SpecError, UnknownName
 from orchestrator.front import Front, column_of, front, known_measures
 from orchestrator.objectives import OBJECTIVES, Objective, objectives
 from orchestrator.plan import refuse_empty_mix
+from orchestrator.pools import this_machine
 from orchestrator.progress import Progress, Standing
 from orchestrator.spec import StudySpec, mix_refused
 from orchestrator.store.lease import acquire, held, this_process
 from orchestrator.store.store import Store
 
 if TYPE_CHECKING:
-    from orchestrator.pools.protocol import Pool
+    from orchestrator.pools.protocol import Job, Pool
     from orchestrator.tasks.info import TaskInfo
 
 _LOG = logging.getLogger("orchardist.study")
@@ -83,29 +85,28 @@ class Study:
         self._refuse_early()
         ours = pool is None or callable(pool)
         if pool is None:
-            from orchestrator.pools.ray import RayPool
-
-            pool = RayPool(workers)
+            pool = this_machine(workers)
         elif callable(pool):
             pool = pool()
         try:
-            sources = self._bind_functions()
-            info = self._prepare(pool, sources)
-            self._refuse_other_task(info, accept_task_change)
-            setting = Setting(
-                spec=self.spec,
-                info=info,
-                objectives=objectives(self.spec.objectives, info),
-                code={name: source.digest for name, source in sources.items()},
-            )
-            self._check(setting)
-            lease = acquire(self.store.files, self.spec.name, **this_process())
-            try:
-                self._write(info, setting.objectives)
-                past = history.read(self.store, self.spec.name)
-                return Driver(setting, self.store, pool, lease, past, progress).run()
-            finally:
-                lease.release()
+            with self._nonce() as nonce:
+                sources = self._bind_functions()
+                info = pool.prepare(self._job(sources, nonce))
+                self._refuse_other_task(info, accept_task_change)
+                setting = Setting(
+                    spec=self.spec,
+                    info=info,
+                    objectives=objectives(self.spec.objectives, info),
+                    code={name: source.digest for name, source in sources.items()},
+                )
+                self._check(setting)
+                lease = acquire(self.store.files, self.spec.name, **this_process())
+                try:
+                    self._write(info, setting.objectives)
+                    past = history.read(self.store, self.spec.name)
+                    return Driver(setting, self.store, pool, lease, past, progress).run()
+                finally:
+                    lease.release()
         finally:
             if ours:
                 pool.close()
@@ -216,14 +217,13 @@ class Study:
             CRITERIA.bind(name, install_function(source, self.root))
         return sources
 
-    def _prepare(self, pool: Pool, sources: Mapping[str, Any]) -> TaskInfo:
-        """Hand the job to every worker, and see that each of them reads and writes this very store."""
+    def _job(self, sources: Mapping[str, Any], nonce: str) -> Job:
+        """What every worker must know of this study."""
         from orchestrator.code import code_digest
         from orchestrator.pools.protocol import Job
         from orchestrator.tasks.source import collect
 
-        nonce = f"handshake/{secrets.token_hex(8)}"
-        job = Job(
+        return Job(
             store_url=self.store.url,
             study=self.spec.name,
             task=collect(self.spec.task, self.root),
@@ -235,10 +235,15 @@ class Study:
             evaluate_every=self.spec.train.evaluate_every,
             latency="latency_ms" in {*self.spec.objectives, *self.spec.constraints},
         )
+
+    @contextmanager
+    def _nonce(self) -> Iterator[str]:
+        """An object in the store that every worker reads, and writes a copy of, before it works."""
+        nonce = f"handshake/{secrets.token_hex(8)}"
         files = self.store.files
         files.write(nonce, nonce.encode())
         try:
-            return pool.prepare(job)
+            yield nonce
         finally:
             for name in files.list("handshake"):
                 if f"handshake/{name}".startswith(nonce):

@@ -124,7 +124,7 @@ def gradient(model: nn.Module, state: State, task: Task, batches: Iterable[tuple
             loss_of(model, batch, task).backward()  # type: ignore[no-untyped-call]
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
-                    sums[name] += parameter.grad * size
+                    sums[name].add_(parameter.grad, alpha=size)
                 parameter.grad = None
             rows += size
     return {name: (total / rows).to("cpu", parameters[name].dtype) for name, total in sums.items()}
@@ -196,7 +196,7 @@ def _batches(
 def _seed_everything(seed: int, device: torch.device, draws: bool) -> None:
     """Seed dropout and augmentation for one step.
 
-    Python's and numpy's generators take time, so only where `draws` says that the user's code is run, which may use them.
+    Python's and numpy's generators take time: only where `draws` says that the user's code is run, which may use them.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -234,9 +234,9 @@ def _update(
     lr: float,
 ) -> None:
     """One optimizer step on the masked gradients; a parameter without a gradient is left alone, as torch.optim does."""
-    gradients = [p.grad for p in parameters]
-    if any(gradient is None for gradient in gradients):
-        some = [index for index, gradient in enumerate(gradients) if gradient is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if len(gradients) < len(parameters):
+        some = [index for index, p in enumerate(parameters) if p.grad is not None]
         if some:
             chosen = {slot: [kept[index] for index in some] for slot, kept in slots.items()}
             _update(optimizer, [parameters[i] for i in some], chosen, [factors[i] for i in some], recipe, lr)
@@ -244,7 +244,7 @@ def _update(
     masked = [(gradient, factor) for gradient, factor in zip(gradients, factors, strict=True) if factor is not None]
     if masked:
         torch._foreach_mul_([gradient for gradient, _ in masked], [factor for _, factor in masked])
-    optimizer.step(parameters, gradients, slots, recipe, lr)  # type: ignore[arg-type]
+    optimizer.step(parameters, gradients, slots, recipe, lr)
 
 
 def _factor(mask: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -253,7 +253,7 @@ def _factor(mask: Tensor | None, parameter: Tensor) -> Tensor | None:
 
 
 def _check(weights: Mapping[str, Tensor], before: State, step: int) -> None:
-    """Refuse what went wrong on the way from `before`. Buffers that were infinite before, as attention masks are, may be."""
+    """Refuse what went wrong on the way from `before`; a buffer may be infinite if it was, as attention masks are."""
     for name, tensor in weights.items():
         if not (tensor.is_floating_point() or tensor.is_complex()) or torch.isfinite(tensor).all():
             continue
@@ -281,7 +281,9 @@ def _slots(
     device = parameters[0].device
     return {
         slot: [
-            stored.to(device, copy=True) if stored.dim() == 0 else _part(stored.to(device, copy=True), columns.get(name))
+            stored.to(device, copy=True)
+            if stored.dim() == 0
+            else _part(stored.to(device, copy=True), columns.get(name))
             for name, stored in ((name, state.optimizer[f"{slot}/{name}"]) for name in names)
         ]
         for slot in optimizer.slots
@@ -313,4 +315,4 @@ def _kind(value: Any) -> str:
 
 def _refuse_not_finite(loss: Tensor, step: int) -> None:
     if not torch.isfinite(loss):
-        raise NotFinite(f"the training loss is {float(loss)} at step {step}: the training diverged")
+        raise NotFinite(f"the training loss is {loss.item()} at step {step}: the training diverged")

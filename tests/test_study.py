@@ -266,9 +266,7 @@ def test_a_proposal_with_a_failed_seed_counts_as_failed(root: Path, memory: str)
             ]
 
     probe, _ = run(f"memory://{uuid4().hex}", root, seeds=[0, 1], trials=1, enqueue=[dict(GROUPS[0])])
-    doomed = {
-        row["key"] for row in probe.table().to_pylist() if (row["trial"], row["round"], row["seed"]) == (0, 2, 1)
-    }
+    doomed = {row["key"] for row in probe.table().to_pylist() if (row["trial"], row["round"], row["seed"]) == (0, 2, 1)}
     study, standing = run(memory, root, SecondSeedFails(), seeds=[0, 1], trials=1, enqueue=[dict(GROUPS[0])])
     assert (standing.done, standing.failed) == (0, 1)
     assert all(point["round"] != 2 for point in study.front().points), "a mean over one seed of two"
@@ -285,7 +283,9 @@ def test_constraints(root: Path, memory: str) -> None:
     assert kept and all(point["sparsity"] <= 0.5 for point in kept)
     free, _ = run(memory, root, trials=8, name="free", enqueue=params_of(study))
     assert max(point["sparsity"] for point in free.front().points) > 0.5, "the bound has bound nothing"
-    endings = [json.loads(row["detail"]) for row in study.store.table("small", "events").to_pylist() if row["event"] == "done"]
+    endings = [
+        json.loads(row["detail"]) for row in study.store.table("small", "events").to_pylist() if row["event"] == "done"
+    ]
     assert all(len(ending["constraints"]) == 2 for ending in endings)
     _, again = run(memory, root, trials=9, constraints=bounds, sampler="tpe")
     assert again.done == 9
@@ -318,7 +318,9 @@ def test_a_prefix_is_told_once_and_outside_the_count(root: Path, memory: str) ->
 
 def test_metrics_of_the_tasks_own_come_back_in_their_columns(root: Path, memory: str, tmp_path: Path) -> None:
     own = small.write_task(tmp_path)
-    text = small.TASK.replace('classes=["a", "b", "c"],', 'metrics={"right": lambda o, y: (o.argmax(1) == y).float().mean()},')
+    text = small.TASK.replace(
+        'classes=["a", "b", "c"],', 'metrics={"right": lambda o, y: (o.argmax(1) == y).float().mean()},'
+    )
     (own / "my_task.py").write_text(text)
     fields: dict[str, Any] = {"objectives": ["right", "sparsity"], "constraints": {"right": ">= 0"}}
     study, _ = run(memory, own, **fields)
@@ -327,7 +329,11 @@ def test_metrics_of_the_tasks_own_come_back_in_their_columns(root: Path, memory:
     values = {row["key"]: json.loads(row["metrics"])["right"] for row in study.table().to_pylist()}
     for point in study.front(where=["right > 0.3"]).points:
         assert point["right"] == values[point["key"]] > 0.3
-    rows = [json.loads(row["detail"])["values"] for row in study.store.table("small", "events").to_pylist() if row["event"] == "done"]
+    rows = [
+        json.loads(row["detail"])["values"]
+        for row in study.store.table("small", "events").to_pylist()
+        if row["event"] == "done"
+    ]
     assert {value for value, _ in rows} <= set(values.values())
 
 
@@ -338,7 +344,9 @@ def test_metrics_of_the_tasks_own_come_back_in_their_columns(root: Path, memory:
     ("trouble", "reason"),
     [("", "diverged"), ("raises", "the loss is wrong"), ("exits", "that is all"), ("memory", "out of memory")],
 )
-def test_a_trial_that_goes_wrong_fails_and_the_study_finishes(trouble: str, reason: str, root: Path, memory: str) -> None:
+def test_a_trial_that_goes_wrong_fails_and_the_study_finishes(
+    trouble: str, reason: str, root: Path, memory: str
+) -> None:
     space = {"rate": [0.3, 0.5], "lr": [0.05, 1e30]}
     study, standing = run(memory, root, trials=4, sampler="grid", space=space, task_params={"trouble": trouble})
     assert (standing.done, standing.failed) == (2, 2)

@@ -36,7 +36,7 @@ def measure(stages: Stages, state: State, *, latency: bool = False) -> dict[str,
     model = stages.model_of(state)
     found = _split(model, loaded, loaded.valid, stages.device)
     if isnan(found["loss"]):
-        raise NotFinite("the validation loss is NaN")
+        raise NotFinite("the validation loss is nan")
     if loaded.test is not None:
         found |= {f"test_{name}": value for name, value in _split(model, loaded, loaded.test, stages.device).items()}
     layers = {layer.name: [_kept(state, layer.name, layer.size), layer.size] for layer in loaded.info.layers}

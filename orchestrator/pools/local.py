@@ -56,7 +56,9 @@ class LocalPool:
         return [event]
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Forget the worker with its data and states, and what was left of its segment."""
+        self._worker = self._running = None
+        self._waiting.clear()
 
 
 if TYPE_CHECKING:

@@ -31,6 +31,11 @@ class Job:
     latency: bool = False
 
 
+def note(job: Job, worker: int | str) -> str:
+    """Where a worker writes the nonce back to."""
+    return f"{job.nonce}.{worker}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reported:
     """A stage of a segment was run, and its state is stored where that was asked for."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import errors
 from orchestrator.errors import InputError, OrchardistError, WorkersUnusable
 from orchestrator.graph import Segment
-from orchestrator.pools.protocol import Ended, Event, Failed, Job, Reported
+from orchestrator.pools.protocol import Ended, Event, Failed, Job, Reported, note
+from orchestrator.store.store import Store
 from orchestrator.tasks.info import TaskInfo
 
 _LOG = logging.getLogger("orchardist.pool")
@@ -43,7 +44,7 @@ class _Actor:
         from orchestrator.pools.worker import Worker, shake_hands
 
         try:
-            shake_hands(job, str(self.number))
+            shake_hands(job, self.number)
             self.worker = Worker(job, device=self.device)
             return "ready", self.worker.info
         except OrchardistError as error:
@@ -114,16 +115,10 @@ class RayPool:
     def prepare(self, job: Job) -> TaskInfo:
         """Make every worker ready; the first that is wrong ends the run."""
         self._job = job
-        answers = self._ray.get([slot.actor.prepare.remote(job) for slot in self._slots])
-        for what, answer in answers:
-            if what != "ready":
-                raise _error(what, answer)
-        info = answers[0][1]
-        assert isinstance(info, TaskInfo)
-        for _, other in answers:
-            if other.digest != info.digest:
-                raise WorkersUnusable("the workers see different data for the same task; data_version can name them")
-        return info
+        infos = self._made_ready(self._slots)
+        if any(info.digest != infos[0].digest for info in infos):
+            raise WorkersUnusable("the workers see different data for the same task; data_version can name them")
+        return infos[0]
 
     def submit(self, segment: Segment) -> None:
         """Queue a segment; the next call of `completed` hands it to an idle worker, with others if they are cheap."""
@@ -149,7 +144,25 @@ class RayPool:
             self._ray.kill(slot.actor)
         self._slots = []
         if self._started:
+            _hasten(self._ray)
             self._ray.shutdown()
+
+    def _made_ready(self, slots: Sequence[_Slot]) -> list[TaskInfo]:
+        """Hand the job to workers; what they answer, and whether their notes came through, decides if they may work."""
+        assert self._job is not None
+        infos = []
+        for slot, (what, answer) in zip(
+            slots, self._ray.get([slot.actor.prepare.remote(self._job) for slot in slots]), strict=True
+        ):
+            if what != "ready":
+                raise _error(what, answer)
+            if self._job.nonce and not Store(self._job.store_url).files.exists(note(self._job, slot.number)):
+                raise WorkersUnusable(
+                    f"what worker {slot.number} writes to {self._job.store_url} does not arrive here: "
+                    "the store must be shared storage"
+                )
+            infos.append(answer)
+        return infos
 
     def _actor(self, number: int) -> Any:
         options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
@@ -196,11 +209,8 @@ class RayPool:
     def _lost(self, slot: _Slot, error: Exception) -> None:
         """A worker died: a new one takes its place, and what it had not reported is tried again, or fails."""
         _LOG.warning("worker %d died: %s", slot.number, str(error).partition("\n")[0])
-        assert self._job is not None
         slot.actor = self._actor(slot.number)
-        what, answer = self._ray.get(slot.actor.prepare.remote(self._job))
-        if what != "ready":
-            raise _error(what, answer)
+        self._made_ready([slot])
         again = list(slot.running)
         slot.running.clear()
         slot.held.clear()
@@ -217,6 +227,13 @@ class RayPool:
         self._queue.extendleft(reversed(again))
 
 
+def _hasten(ray: Any) -> None:
+    """Ray's own monitor lets a shutdown wait for more than a second: end it first, where this Ray shows it to us."""
+    node = getattr(ray._private.worker, "_global_node", None)
+    for info in getattr(node, "all_processes", {}).get("monitor", []):
+        info.process.kill()
+
+
 def _start(ray: Any, workers: int | None, address: str | None) -> None:
     """Start Ray inside this process, or join a cluster."""
     # A uv environment would be shipped to the workers, which run in this very environment.
@@ -228,7 +245,8 @@ def _start(ray: Any, workers: int | None, address: str | None) -> None:
         except ConnectionError as error:
             raise InputError(f"no Ray cluster at {address!r}: {str(error).partition(chr(10))[0]}") from error
         return
-    os.environ.setdefault("RAY_preload_python_modules", "torch")
+    # The first connection to a raylet that is still coming up is otherwise given up for a whole second.
+    os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "50")
     ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
 
 

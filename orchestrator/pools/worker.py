@@ -20,7 +20,7 @@ from orchestrator.errors import NotFinite, StageFailed, WorkersUnusable
 from orchestrator.graph import Segment, Step
 from orchestrator.header import read_header
 from orchestrator.measures.measure import curve_point, measure
-from orchestrator.pools.protocol import Ended, Event, Failed, Job, Reported
+from orchestrator.pools.protocol import Ended, Event, Failed, Job, Reported, note
 from orchestrator.pruning.criteria import CRITERIA
 from orchestrator.stages import Stages
 from orchestrator.state import State, from_bytes, to_bytes
@@ -189,7 +189,7 @@ class Worker:
             self._cached_bytes -= self._cache.popitem(last=False)[1].state.nbytes
 
 
-def shake_hands(job: Job, worker: str) -> None:
+def shake_hands(job: Job, worker: int | str) -> None:
     """Check that this process runs the driver's code and sees the driver's store, and leave a note there.
 
     Raises:
@@ -210,7 +210,7 @@ def shake_hands(job: Job, worker: str) -> None:
                 f"the worker on {platform.node()} does not see the driver's store {job.store_url}: "
                 "the store must be shared storage"
             ) from None
-        files.write(f"{job.nonce}.{worker}", nonce)
+        files.write(note(job, worker), nonce)
 
 
 def _lineage(step: Step, parents: list[_Held]) -> tuple[Mapping[str, Any], ...]:

@@ -110,7 +110,8 @@ def erk(op: Prune, tensors: Tensors, drop: int) -> dict[str, Fraction]:
     result: dict[str, Fraction] = {}
     while True:
         open_ = [name for name in free if name not in result]
-        scale = (keep - sum(result.values())) / sum(raw[name] for name in open_) if open_ else Fraction(0)
+        room = sum((raw[name] for name in open_), Fraction(0))
+        scale = (keep - sum(result.values())) / room if open_ else Fraction(0)
         full = [name for name in open_ if scale * raw[name] > tensors.kept[name]]
         if not full:
             break
@@ -135,7 +136,7 @@ def given(op: Prune, tensors: Tensors, drop: int) -> dict[str, Fraction]:
     left = sum(others.values())
     if rest < 0 or rest > left:
         raise PlanError(f"the layers' own targets cannot come to an overall sparsity of {op.sparsity}")
-    shared = {name: kept - Fraction(rest * kept, left) if kept else Fraction(0) for name, kept in others.items()}
+    shared = {name: kept - Fraction(rest * kept, max(1, left)) for name, kept in others.items()}
     return {name: (named | shared)[name] for name in _free(op, tensors)}
 
 

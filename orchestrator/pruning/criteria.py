@@ -21,7 +21,7 @@ from orchestrator.registry import Entry, Registry
 if TYPE_CHECKING:  # the driver reads this registry, and has no use for torch
     from torch import Generator, Tensor
 
-CRITERIA: Registry[Callable[..., "Tensor"]] = Registry("criterion")
+CRITERIA: Registry[Callable[..., Tensor]] = Registry("criterion")
 criterion = CRITERIA.register
 
 NEEDS = ("gradient", "generator")

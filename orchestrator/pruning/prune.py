@@ -30,7 +30,7 @@ def prune(op: Prune, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor],
 
     Raises:
         NotFinite: a score is NaN or infinite.
-        StageFailed: the criterion returned no tensor of the weight's shape, or the asked-for sparsity cannot be reached.
+        StageFailed: the criterion returned no scores of the weight's shape, or the sparsity cannot be reached.
     """
     before = {name: masks.get(name, torch.ones(w.shape, dtype=torch.bool)) for name, w in weights.items()}
     free = [name for name in weights if dict(op.factors).get(name, 1.0) > 0]
@@ -103,7 +103,7 @@ def _best_of_group(
         hashes=torch.cat([index_hashes(name, prod(before[name].shape))[before[name].reshape(-1)] for name in group]),
     )
     after = {}
-    for name, part in zip(group, kept.split([int(before[name].sum()) for name in group]), strict=True):
+    for name, part in zip(group, torch.split(kept, [int(before[name].sum()) for name in group]), strict=True):
         mask = torch.zeros_like(before[name])
         mask[before[name]] = part
         after[name] = mask

@@ -18,6 +18,7 @@ from orchestrator.objectives import OBJECTIVES, Objective
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from orchestrator.store.ledger import Outcomes
     from orchestrator.study import Study
 
 Floats = NDArray[np.float64]
@@ -82,7 +83,8 @@ def plot_front(study: Study, found: Front, path: Path) -> None:
     except ImportError as error:
         raise InputError('--plot needs matplotlib: pip install "orchardist[report]"') from error
     up, across = _axes_of(found)
-    points = read_points(study.store, study.spec.name, [up.column, across.column], len(study.spec.seeds))
+    outcomes = study.store.outcomes(study.spec.name)
+    points = read_points(outcomes, [up.column, across.column], len(study.spec.seeds))
     if not len(points.trials):
         raise InputError(f"the study {study.spec.name!r} has no finished trial yet: there is nothing to draw")
     image = BytesIO()
@@ -92,7 +94,7 @@ def plot_front(study: Study, found: Front, path: Path) -> None:
         axes = figure.add_subplot()
         _scale(axes, across, points.columns[across.column], _dense(found, across.column), "x")
         _scale(axes, up, points.columns[up.column], _dense(found, up.column), "y")
-        criteria = _criteria(study, points)
+        criteria = _criteria(study, outcomes, points)
         styles = _styles(criteria)
         _draw_points(axes, points, criteria, styles, across, up, _edge(points.columns[up.column], found, up))
         _draw_dense(axes, found, across, up)
@@ -104,7 +106,7 @@ def plot_front(study: Study, found: Front, path: Path) -> None:
         axes.tick_params(color=GREY)
         handles, labels = axes.get_legend_handles_labels()
         if labels:
-            look: dict[str, Any] = {"frameon": False, "handletextpad": 0.3, "columnspacing": 1.4}
+            look: dict[str, Any] = {"frameon": False, "handletextpad": 0.5, "columnspacing": 1.4}
             figure.legend(handles, labels, loc="outside lower center", ncols=_columns(labels), **look)
         figure.savefig(image, format=path.suffix[1:].lower())
     try:
@@ -206,12 +208,12 @@ def _draw_points(
         )
 
 
-def _criteria(study: Study, points: Points) -> Criteria:
+def _criteria(study: Study, outcomes: Outcomes, points: Points) -> Criteria:
     """The criterion of each point where the study varies it, else one empty name for all."""
     found = np.full(len(points.trials), "", dtype=object)
     if len(study.spec.search_space().possible("criterion") or ()) < 2:
         return found
-    texts = study.store.table(study.spec.name, "outcomes", ["params"])["params"].to_pylist()
+    texts = outcomes.table(["params"])["params"].to_pylist()
     known: dict[str, str] = {}
     for place, rows in enumerate(points.rows):
         text = texts[int(np.atleast_1d(rows)[0])] or "{}"

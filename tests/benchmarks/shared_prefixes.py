@@ -11,7 +11,7 @@ from pathlib import Path
 BEGAN = time.time()
 
 from orchestrator import Study, StudySpec  # noqa: E402
-from orchestrator.pools.ray import RayPool  # noqa: E402
+from orchestrator.pools import this_machine  # noqa: E402
 
 CRITERIA = {"l1": "magnitude", "random": "random"}
 
@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     proposals = json.loads((Path(__file__).parent / "proposals.json").read_text())[: options.limit]
     with tempfile.TemporaryDirectory() as folder:
-        pool = RayPool(options.workers)
+        pool = this_machine(options.workers)
         ready = time.time()
         study = Study(spec(proposals), options.store or folder)
         try:

@@ -111,7 +111,9 @@ def test_a_factor_that_would_do_nothing_is_refused(allocation: str) -> None:
 SIZES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=5)
 
 
-@given(SIZES, st.sampled_from(["global", "layer"]), st.sampled_from(ALLOCATIONS.names), st.floats(0.01, 0.99), st.data())
+@given(
+    SIZES, st.sampled_from(["global", "layer"]), st.sampled_from(ALLOCATIONS.names), st.floats(0.01, 0.99), st.data()
+)
 def test_sparsity_to_the_single_weight(
     sizes: list[tuple[int, int]], scope: str, allocation: str, sparsity: float, data: st.DataObject
 ) -> None:

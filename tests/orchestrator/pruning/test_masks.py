@@ -13,6 +13,9 @@ from orchestrator.pruning.masks import index_hashes, keep_top, sparsity
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
+GOLDEN = [2302758161036742528, -8865852959363070961]
+"""Masks on storage depend on these; a change would give other tickets for the same key."""
+
 
 def top(scores: Tensor, keep: int, magnitudes: Tensor | None = None, hashes: Tensor | None = None) -> Tensor:
     return keep_top(
@@ -91,9 +94,7 @@ def test_no_order_without_finite_scores(bad: float) -> None:
 
 
 def test_hashes_are_fixed_and_differ_between_tensors() -> None:
-    assert index_hashes("fc1.weight", 3).tolist() == [
-        index_hashes("fc1.weight", 9)[index].item() for index in range(3)
-    ]
+    assert index_hashes("fc1.weight", 3).tolist() == [index_hashes("fc1.weight", 9)[index].item() for index in range(3)]
     assert index_hashes("fc1.weight", 2).tolist() == GOLDEN
     assert not set(index_hashes("a", 1000).tolist()) & set(index_hashes("b", 1000).tolist())
     assert index_hashes("a", 0).shape == (0,)
@@ -103,7 +104,3 @@ def test_sparsity_is_exact() -> None:
     assert sparsity({"w": torch.tensor([True, True, True, True, False])}, 5) == 0.2
     assert sparsity({"w": torch.tensor([False, False])}, 10) == 0.2
     assert sparsity({}, 3) == 0.0
-
-
-GOLDEN = [2302758161036742528, -8865852959363070961]
-"""Masks on storage depend on these; a change would give other tickets for the same key."""

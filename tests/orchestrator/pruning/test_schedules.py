@@ -12,7 +12,11 @@ from orchestrator.errors import PlanError, UnknownName
 from orchestrator.pruning.schedules import SCHEDULES, targets
 
 
-@given(st.sampled_from([name for name in SCHEDULES.names if name != "one-shot"]), st.floats(0.001, 0.999), st.integers(1, 50))
+@given(
+    st.sampled_from([name for name in SCHEDULES.names if name != "one-shot"]),
+    st.floats(0.001, 0.999),
+    st.integers(1, 50),
+)
 def test_laws(name: str, sparsity: float, rounds: int) -> None:
     found = targets(name, sparsity, rounds)
     assert len(found) == rounds

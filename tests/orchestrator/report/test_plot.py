@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ pytest.importorskip("matplotlib")
 CRITERIA = ("magnitude", "taylor", "random")
 PNG = b"\x89PNG\r\n\x1a\n"
 
+NUMBERS = count()
+
 Row = dict[str, Any]
 
 
@@ -30,8 +33,7 @@ def study(
     rows: Sequence[Mapping[str, Any]], objectives: Sequence[str] = ("accuracy", "sparsity"), **more: Any
 ) -> Study:
     """A study in a fresh memory store whose ledger holds `rows`; none of it was ever run."""
-    study.made = getattr(study, "made", 0) + 1  # type: ignore[attr-defined]
-    url = f"memory://plot-{study.made}"  # type: ignore[attr-defined]
+    url = f"memory://plot-{next(NUMBERS)}"
     spec = StudySpec(name="drawn", task="nowhere.py", objectives=objectives, **more)
     store = Store(url)
     store.write_study("drawn", spec.to_toml(), {})
@@ -41,13 +43,13 @@ def study(
     return Study.open(url, "drawn")
 
 
-def rows(count: int, seed: int = 0, criteria: Sequence[str] = CRITERIA) -> list[Row]:
-    """A dense model and `count` pruned ones: the sparser, the worse."""
+def rows(size: int, seed: int = 0, criteria: Sequence[str] = CRITERIA) -> list[Row]:
+    """A dense model and `size` pruned ones: the sparser, the worse."""
     draws = np.random.default_rng(seed)
-    sparsity = 1 - np.exp2(-6 * draws.random(count))
-    accuracy = 0.97 - 0.1 * sparsity**8 - 0.05 * draws.random(count) ** 2
+    sparsity = 1 - np.exp2(-6 * draws.random(size))
+    accuracy = 0.97 - 0.1 * sparsity**8 - 0.05 * draws.random(size) ** 2
     found = [outcome(DENSE_TRIAL, 0, accuracy=0.96, sparsity=0.0, bytes=400_000, latency_ms=0.3)]
-    for trial in range(count):
+    for trial in range(size):
         found.append(
             outcome(
                 trial,

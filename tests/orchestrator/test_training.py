@@ -1,0 +1,535 @@
+"""Training is a function of state, recipe, data and position; masked weights are exactly zero throughout."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from orchestrator import training
+from orchestrator.errors import NotFinite, StageFailed
+from orchestrator.narrowing import examine
+from orchestrator.ops import Recipe, Train
+from orchestrator.state import State, of_model
+from orchestrator.tasks import Task
+from orchestrator.tasks.data import Batches, Indexed, InMemory
+from orchestrator.training import arithmetic, gradient, learning_rate, loss_of, train
+
+X = torch.randn(26, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(26) % 3
+DATA = InMemory(X, Y)
+BATCH = 4
+STEPS = 7  # in an epoch; the last batch has two rows
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Dropout(0.3), nn.BatchNorm1d(32), nn.Linear(32, 3))
+
+
+def task(**given: Any) -> Task:
+    return Task(**{"model": mlp, "train": None, "valid": None, **given})
+
+
+def recipe(**given: Any) -> Recipe:
+    return Recipe(**{"optimizer": "adam", "lr": 0.01, "batch_size": BATCH, **given})
+
+
+def run(
+    state: State,
+    to: int,
+    build: Callable[[], nn.Module] = mlp,
+    data: Any = DATA,
+    given_task: Task | None = None,
+    probe: Any = None,
+    **options: Any,
+) -> State:
+    """Train on to step `to`, as a worker does."""
+    op = Train(recipe=recipe(**options), order_seed=5, to=to)
+    given_task = given_task or task(model=build)
+    layers = examine(build(), X[:2], lambda model: loss_of(model, (X[:2], Y[:2]), given_task))
+    return train(build(), state, op, given_task, data, steps_per_epoch=STEPS, layers=layers, probe=probe, probe_every=1)
+
+
+def start(build: Callable[[], nn.Module] = mlp, masks: dict[str, Tensor] | None = None) -> State:
+    return State(weights=of_model(build()), masks=masks or {}).masked()
+
+
+def half(weights: dict[str, Tensor] | Any, *names: str) -> dict[str, Tensor]:
+    """Masks with half of the entries and, for the narrowing, most of the columns of the last layer gone."""
+    draw = torch.Generator().manual_seed(3)
+    masks = {name: torch.rand(weights[name].shape, generator=draw) < 0.5 for name in names}
+    if "4.weight" in masks:
+        masks["4.weight"][:, :20] = False
+    return masks
+
+
+def same(one: State, other: State) -> bool:
+    def bits(state: State) -> dict[str, bytes]:
+        tensors = {**state.weights, **{"o/" + name: tensor for name, tensor in state.optimizer.items()}}
+        return {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+    return bits(one) == bits(other) and one.position == other.position
+
+
+class Augmented(Dataset[Any]):
+    """Draws from every generator there is, for each item."""
+
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        noise = torch.rand(6) + random.random() + float(np.random.rand())
+        return X[index] + 0.1 * noise, int(Y[index])
+
+
+def made(epoch: int, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """A whole epoch at once, from the generator alone."""
+    order = torch.randperm(26, generator=generator).split(BATCH)
+    return [(X[rows] + epoch * 0.1, Y[rows]) for rows in order]
+
+
+def drawn(epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """One by one, from the global generators too, though it should not."""
+    for rows in torch.randperm(26, generator=generator).split(BATCH):
+        yield X[rows] + torch.rand(1) + random.random() + float(np.random.rand()), Y[rows]
+
+
+class DrawsFromPython(nn.Module):
+    """Drops a whole layer at times, by Python's generator and numpy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.fc = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and random.random() < 0.5:
+            return self.out(x) * float(np.random.rand())  # type: ignore[no-any-return]
+        return self.out(F.relu(self.fc(x)))  # type: ignore[no-any-return]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"optimizer": "adamw", "weight_decay": 0.1, "lr_schedule": "cosine", "horizon": 21, "warmup": 3},
+    {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01, "lr_schedule": "step", "milestones": (9,)},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "data", [DATA, Indexed(Augmented()), Batches(made), Batches(drawn)], ids=["memory", "dataset", "list", "generator"]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_run_may_be_cut_anywhere(data: Any, options: dict[str, Any], masked: bool) -> None:
+    begin = start(masks=half(start().weights, "0.weight", "4.weight") if masked else None)
+    whole = run(begin, 21, data=data, **options)
+    assert not same(whole, run(begin, 20, data=data, **options))
+    for cuts in ((7,), (3, 4, 13)):
+        state = begin
+        for cut in (*cuts, 21):
+            torch.rand(cut)  # whatever the process did before
+            random.seed(cut)
+            np.random.seed(cut)
+            state = run(state, cut, data=data, **options)
+        assert same(whole, state), cuts
+
+
+def test_a_model_may_draw_from_any_generator() -> None:
+    begin = start(DrawsFromPython)
+    whole = run(begin, 14, DrawsFromPython)
+    random.seed(99)
+    np.random.seed(99)
+    assert same(whole, run(run(begin, 5, DrawsFromPython), 14, DrawsFromPython))
+
+
+def test_a_cut_without_its_optimizer_would_be_noticed() -> None:
+    cut = run(start(), 5)
+    assert not same(run(start(), 14), run(cut.without_optimizer(), 14))
+
+
+def test_epochs_have_their_own_order_and_dropout() -> None:
+    seen: list[Tensor] = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        seen.append(targets)
+        return F.cross_entropy(outputs, targets)
+
+    run(start(), 14, given_task=task(loss=loss))
+    batches = seen[1:]  # the first was watched only
+    assert [len(targets) for targets in batches] == [4, 4, 4, 4, 4, 4, 2] * 2
+    first, second = torch.cat(batches[:7]), torch.cat(batches[7:])
+    assert torch.equal(first.sort().values, Y.sort().values)
+    assert not torch.equal(first, second)
+
+
+def test_a_plain_loop_gives_the_same_bits() -> None:
+    build = lambda: nn.Sequential(*[layer for layer in mlp() if not isinstance(layer, nn.Dropout)])  # noqa: E731
+    model = build()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+    batches: list[Any] = []
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        batches.append(batch)
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    ours = run(start(build), 10, build, given_task=task(step=step))
+    for inputs, targets in batches[1:]:
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    theirs = of_model(model)
+    assert all(torch.equal(ours.weights[name], tensor) for name, tensor in theirs.items())
+    moments = optimizer.state[model[0].weight]  # type: ignore[index]
+    assert torch.equal(ours.optimizer["exp_avg/0.weight"], moments["exp_avg"])
+    assert ours.optimizer["step/0.weight"].item() == 10
+
+
+def holds_masks(model: nn.Module, masks: dict[str, Tensor]) -> bool:
+    """The law: exactly +0.0 at every masked weight."""
+    for name, mask in masks.items():
+        dropped = model.get_parameter(name).detach()[~mask]
+        if (dropped != 0).any() or torch.signbit(dropped).any():
+            return False
+    return True
+
+
+LAWS: list[dict[str, Any]] = [
+    {"optimizer": "adam"},
+    {"optimizer": "adam", "weight_decay": 0.1},
+    {"optimizer": "adamw", "weight_decay": 0.1},
+    {"optimizer": "sgd"},
+    {"optimizer": "sgd", "momentum": 0.9},
+    {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_masked_weights_are_plus_zero_after_each_step(options: dict[str, Any], dtype: torch.dtype) -> None:
+    # Moments from dense training, so that there is something to come back from.
+    data = InMemory(X.to(dtype), Y)
+
+    def build() -> nn.Module:
+        return mlp().to(dtype)
+
+    dense = run(start(build), 7, build, data, **options)
+    masks = half(dense.weights, "0.weight", "4.weight")
+    pruned = State(weights=dense.weights, masks=masks, optimizer=dense.optimizer, position=7).masked()
+    held: list[bool] = []
+    state = run(pruned, 14, build, data, probe=lambda step, model: held.append(holds_masks(model, masks)), **options)
+    assert held == [True] * 7
+    assert state.weights["0.weight"].dtype == dtype
+    for slot, tensor in state.optimizer.items():
+        if slot.split("/")[1] in masks and tensor.dim():
+            assert not tensor[~masks[slot.split("/")[1]]].any(), slot
+
+
+@pytest.mark.parametrize("options", LAWS)
+def test_without_the_gradient_mask_they_would_come_back(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_factor", lambda mask, parameter: None)
+    masks = half(start().weights, "0.weight", "4.weight")
+    held: list[bool] = []
+    with pytest.raises(StageFailed, match=r"^masked weights of '0.weight' came back in training: "):
+        run(start(masks=masks), 7, probe=lambda step, model: held.append(holds_masks(model, masks)), **options)
+    assert not any(held)
+
+
+def test_without_masked_moments_they_would_come_back() -> None:
+    options = {"optimizer": "sgd", "momentum": 0.9}
+    dense = run(start(), 7, **options)
+    masks = half(dense.weights, "0.weight", "4.weight")
+    zeros = State(weights=dense.weights, masks=masks).masked().weights
+    careless = State(weights=zeros, masks=masks, optimizer=dense.optimizer, position=7)
+    with pytest.raises(StageFailed, match="came back"):
+        run(careless, 14, **options)
+
+
+class Lifts(nn.Linear):
+    """Writes on its own weights."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.clamp_(min=0.01)
+        return super().forward(input)
+
+
+def test_a_model_that_writes_on_masked_weights_is_told() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(Lifts(6, 3))
+
+    masks = {"0.weight": torch.rand(3, 6, generator=torch.Generator().manual_seed(0)) < 0.5}
+    with pytest.raises(StageFailed, match=r"^masked weights of '0.weight' came back in training: "):
+        run(start(build, masks), 3, build)
+
+
+class NoGradient(torch.autograd.Function):
+    """Passes a weight on; its gradient is NaN where the weight is zero, as that of a square root is."""
+
+    @staticmethod
+    def forward(context: Any, weight: Tensor) -> Tensor:
+        context.save_for_backward(weight)
+        return weight.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        (weight,) = context.saved_tensors
+        return gradients[0] + torch.where(weight == 0, float("nan"), 0.0)
+
+
+class Rooted(nn.Linear):
+    """A layer with such a weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, NoGradient.apply(self.weight), self.bias)  # type: ignore[no-untyped-call]
+
+
+def test_a_nan_gradient_at_a_masked_weight_is_not_hidden() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(Rooted(6, 3))
+
+    run(start(build), 7, build)
+    masks = {"0.weight": torch.ones(3, 6, dtype=torch.bool)}
+    masks["0.weight"][0, 0] = False
+    with pytest.raises(NotFinite):
+        run(start(build, masks), 7, build)
+    with pytest.raises(NotFinite, match=r"^0.weight holds NaN or infinite values at step 1: the training diverged$"):
+        run(start(build, masks), 1, build)
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "sgd", "lr": 1e30}, {"optimizer": "adam", "lr": 1e38}])
+def test_a_training_that_diverges(options: dict[str, Any]) -> None:
+    with pytest.raises(NotFinite, match="the training diverged$"):
+        run(start(), 21, **options)
+
+
+def test_a_loss_that_is_not_finite() -> None:
+    with pytest.raises(NotFinite, match=r"^the training loss is nan at step 3: the training diverged$"):
+        run(start(), 3, given_task=task(loss=lambda outputs, targets: (outputs * 0).sum().log() * float("nan")))
+
+
+class Odd(nn.Module):
+    """A frozen layer, an unused one, one used now and then, and buffers of every sort."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.frozen = nn.Linear(6, 8)
+        self.frozen.requires_grad_(False)
+        self.unused = nn.Linear(8, 8)
+        self.seldom = nn.Linear(8, 8)
+        self.out = nn.Linear(8, 3)
+        self.register_buffer("causal", torch.full((2, 2), float("-inf")).triu(1))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("passing", torch.zeros(3), persistent=False)
+        self.fixed = nn.Parameter(torch.tensor([float("-inf"), 0.0]), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.frozen(x)
+        if self.training:
+            self.calls += 1
+        if self.calls % 3 == 1:
+            x = x + self.seldom(x)
+        return self.out(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("options", LAWS)
+def test_parameters_without_a_gradient_are_left_alone(options: dict[str, Any]) -> None:
+    masks = {
+        f"{name}.weight": torch.rand(8, 8 if name != "frozen" else 6) < 0.5 for name in ("frozen", "unused", "seldom")
+    }
+    begin = start(Odd, masks)
+    state = run(begin, 7, Odd, **options)
+    for name in ("frozen.weight", "unused.weight", "unused.bias", "fixed", "causal"):
+        assert torch.equal(state.weights[name], begin.weights[name]), name
+    assert state.weights["calls"].item() == 7
+    assert "passing" not in state.weights
+    assert not any("frozen" in slot for slot in state.optimizer)
+    assert same(state, run(run(begin, 4, Odd, **options), 7, Odd, **options))
+    # Three of the seven steps reach `seldom`, as with torch.optim.
+    if "adam" in str(options["optimizer"]):
+        assert [state.optimizer[f"step/{name}.weight"].item() for name in ("unused", "seldom", "out")] == [0, 3, 7]
+
+
+def test_dtypes_may_be_mixed() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.body = nn.Linear(6, 8).to(torch.bfloat16)
+            self.head = nn.Linear(8, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x.bfloat16()).double())  # type: ignore[no-any-return]
+
+    for options in LAWS:
+        begin = start(Mixed, {"body.weight": torch.rand(8, 6) < 0.5})
+        state = run(begin, 9, Mixed, **options)
+        assert state.weights["body.weight"].dtype == torch.bfloat16
+        assert same(state, run(run(begin, 2, Mixed, **options), 9, Mixed, **options))
+
+
+def test_training_leaves_its_parent_alone() -> None:
+    begin = run(start(masks=half(start().weights, "4.weight")), 5)
+    copies = {name: tensor.clone() for name, tensor in {**begin.weights, **begin.optimizer}.items()}
+    run(begin, 9)
+    assert all(torch.equal(tensor, copies[name]) for name, tensor in {**begin.weights, **begin.optimizer}.items())
+
+
+def test_batch_functions_that_give_too_few() -> None:
+    def short(epoch: int, generator: torch.Generator) -> list[Any]:
+        return made(epoch, generator)[: STEPS - 2 * epoch]
+
+    run(start(), 12, data=Batches(short))
+    said = r"^the batches of epoch 1 end after 5, but every epoch must have as many as epoch 0: 7$"
+    with pytest.raises(StageFailed, match=said):
+        run(start(), 13, data=Batches(short))
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none"), r"one of shape \(4,\)"),
+        (lambda outputs, targets: 1.0, "float"),
+        (lambda outputs, targets: None, "NoneType"),
+    ],
+)
+def test_a_loss_that_is_no_scalar(loss: Any, said: str) -> None:
+    with pytest.raises(StageFailed, match=f"^the training loss must be a scalar tensor, not {said}$"):
+        run(start(), 3, given_task=task(loss=loss))
+    run(start(), 3, given_task=task(loss=lambda outputs, targets: F.cross_entropy(outputs, targets).reshape(1)))
+
+
+def test_constant_and_warm_up() -> None:
+    assert [learning_rate(recipe(lr=0.5), step) for step in (0, 7, 10**6)] == [0.5, 0.5, 0.5]
+    rising = recipe(lr=0.5, warmup=5)
+    assert [learning_rate(rising, step) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+
+
+def test_steps() -> None:
+    falling = recipe(lr=1.0, lr_schedule="step", milestones=(2, 4), lr_step_factor=0.5)
+    assert [learning_rate(falling, step) for step in range(6)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(("schedule", "quarter"), [("linear", 0.75), ("cosine", (1 + 0.5**0.5) / 2)])
+@pytest.mark.parametrize("final", [0.0, 0.2])
+def test_falling_schedules(schedule: str, quarter: float, final: float) -> None:
+    falling = recipe(lr=2.0, lr_schedule=schedule, horizon=108, warmup=8, lr_final_fraction=final)
+
+    def fraction(step: int) -> float:
+        return learning_rate(falling, step) / 2
+
+    assert fraction(7) == 1
+    assert fraction(8) == 1
+    assert fraction(33) == pytest.approx(final + (1 - final) * quarter)
+    assert fraction(58) == pytest.approx(final + (1 - final) * 0.5)
+    assert fraction(83) == pytest.approx(final + (1 - final) * (1 - quarter))
+    assert fraction(108) == pytest.approx(final)
+    assert fraction(1000) == pytest.approx(final)
+
+
+@given(st.sampled_from(["linear", "cosine", "step", "constant"]), st.integers(1, 50), st.integers(0, 9))
+def test_after_the_warm_up_no_schedule_rises(schedule: str, horizon: int, warmup: int) -> None:
+    falling = recipe(lr_schedule=schedule, horizon=horizon, warmup=warmup, milestones=(3, 20))
+    rates = [learning_rate(falling, step) for step in range(warmup, horizon + 5)]
+    assert all(0 <= later <= earlier <= 0.01 for earlier, later in pairwise(rates))
+
+
+def quiet() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+
+
+WIDE = (X.double(), Y)
+
+
+@pytest.mark.parametrize("sizes", [(26,), (13, 13), (20, 5, 1)])
+def test_gradient_is_that_of_all_examples_together(sizes: tuple[int, ...]) -> None:
+    model = quiet().eval()
+    F.cross_entropy(model(WIDE[0]), Y).backward()  # type: ignore[no-untyped-call]
+    batches = list(zip(WIDE[0].split(list(sizes)), Y.split(list(sizes)), strict=True))
+    found = gradient(quiet(), start(quiet), task(), batches)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.allclose(found[name], parameter.grad, rtol=1e-10, atol=1e-14), name
+    # The mean of the batches' means is another thing, where their sizes differ.
+    means = gradient(quiet(), start(quiet), task(), [batches[-1]])
+    assert (sizes == (26,)) == torch.allclose(means["0.weight"], found["0.weight"])
+
+
+def test_gradient_is_taken_at_the_masked_weights() -> None:
+    masks = {"0.weight": torch.arange(30).reshape(5, 6) % 2 == 0}
+    found = gradient(quiet(), start(quiet, masks), task(), [WIDE])
+    model = quiet().eval()
+    with torch.no_grad():
+        model[0].weight[~masks["0.weight"]] = 0  # type: ignore[index]
+    F.cross_entropy(model(WIDE[0]), Y).backward()  # type: ignore[no-untyped-call]
+    assert torch.allclose(found["0.weight"], model[0].weight.grad)  # type: ignore[index]
+
+
+def test_gradient_of_frozen_and_unused_parameters() -> None:
+    found = gradient(Odd(), start(Odd), task(), [(X, Y)])
+    assert found["frozen.weight"].abs().sum() > 0
+    assert not found["unused.weight"].any()
+    assert found["unused.weight"].shape == (8, 8)
+
+
+def test_gradient_of_many_examples_in_half_precision() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(1, 1, bias=False).half()
+
+    inputs = torch.full((512, 1), 1000.0).half()
+    given_task = task(loss=lambda outputs, targets: outputs.mean())
+    found = gradient(build(), start(build), given_task, [(inputs, inputs), (inputs, inputs)])
+    assert found["weight"].dtype == torch.float16
+    assert found["weight"].item() == 1000
+
+
+def test_arithmetic_gives_back_what_was_there() -> None:
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+
+    def draw() -> None:
+        assert torch.get_num_threads() == 1
+        torch.rand(1)
+        random.random()
+        np.random.rand()
+        raise KeyError
+
+    with pytest.raises(KeyError), arithmetic(torch.device("cpu")):
+        draw()
+    assert torch.get_num_threads() == threads
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert before[2] == str(np.random.get_state())
+
+
+def test_inner_arithmetic_does_not_end_the_outer() -> None:
+    def flushed() -> bool:
+        return bool((torch.full((64,), 1e-40) * 0.5 == 0).all())
+
+    tiny = sys.float_info.min
+    with arithmetic(torch.device("cpu")):
+        with arithmetic(torch.device("cpu")):
+            assert flushed()
+        assert flushed()
+    assert not flushed()
+    assert tiny * 0.5 > 0
