@@ -20,5 +20,15 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+        try:
+            return getattr(import_module(_HOMES[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] != "search":
+                raise
+            import search
+
+            raise ImportError(
+                f"another package called 'search' hides Orchardist's own: it was found in {list(search.__path__)}; "
+                "rename it, or start Python from another folder"
+            ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -107,7 +108,7 @@ def run(
         key = found.points[found.knee]["key"]
         where = "" if store == DEFAULT_STORE else f" --store {shlex.quote(store)}"
         print(f"\nThe knee of the front is {key[:12]}. To take it home:")
-        print(f"  orchardist fetch {opened.spec.name} {key[:12]} -o {opened.spec.name}-pruned{where}")
+        print(f"  {_program()} fetch {opened.spec.name} {key[:12]} -o {opened.spec.name}-pruned{where}")
 
 
 @app.command()
@@ -170,7 +171,7 @@ def fetch(
         return
     print(f"{folder}: {', '.join(sorted(card['files']))}, card.json")
     measures = ("accuracy", "test_accuracy", "sparsity", "nonzero_params")
-    print(", ".join(f"{name} {card['measures'][name]:.4g}" for name in measures if name in card["measures"]))
+    print(", ".join(f"{name} {_cell(card['measures'][name])}" for name in measures if name in card["measures"]))
     print(card["says"])
     task = "" if card["task"] in _builtin_tasks() else f", task={card['task']!r}"
     print(f"In Python: orchestrator.load({str(folder)!r}{task})")
@@ -266,7 +267,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _interrupted() -> NoReturn:
-    again = shlex.join(["orchardist", *sys.argv[1:]])
+    again = shlex.join([_program(), *sys.argv[1:]])
     _end(f"stopped; nothing finished is lost. To go on:\n  {again}", 130)
 
 
@@ -301,9 +302,10 @@ def _front_rows(found: Front, *, whole: bool = False) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(objective.column for objective in found.objectives))
     shown = list(dict.fromkeys([n for name in names for n in (name, f"test_{name}")] + ["sparsity", "nonzero_params"]))
     length = None if whole else 12
+    constant = _constant([point["params"] for point in found.points])
     rows = []
     for index, point in enumerate(found.points):
-        params = ", ".join(str(value) for value in point["params"].values())
+        params = ", ".join(_said(name, value) for name, value in point["params"].items() if name not in constant)
         mark = " <- knee" if index == found.knee and len(found.points) > 1 else ""
         rows.append(
             {"key": point["key"][:length], "trial": point["trial"], "round": point["round"], "n": point["n"]}
@@ -317,6 +319,23 @@ def _front_rows(found: Front, *, whole: bool = False) -> list[dict[str, Any]]:
             | {"params": "the unpruned model"}
         )
     return rows
+
+
+def _program() -> str:
+    """The command as it was called, where its folder is not on the path."""
+    return "orchardist" if shutil.which("orchardist") == os.path.abspath(sys.argv[0]) else shlex.quote(sys.argv[0])
+
+
+def _constant(params: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Names of parameters with one value for all: they tell no row from another."""
+    names = {name for row in params for name in row}
+    return {name for name in names if len(params) > 1 and len({repr(row.get(name)) for row in params}) == 1}
+
+
+def _said(name: str, value: Any) -> str:
+    """A parameter in few words: a name speaks for itself, a number needs its own."""
+    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return shown if isinstance(value, str) else f"{name}={shown}"
 
 
 def _print_json(document: Any) -> None:

@@ -147,10 +147,10 @@ def examine(model: nn.Module, inputs: Any, step: Callable[[nn.Module], Any]) -> 
 def only_torch(model: nn.Module) -> bool:
     """Whether torch's own modules are all there is: no user's code runs in the forward pass."""
     for module in model.modules():
-        if _root(type(module)) != "torch" or any(getattr(module, hooks) for hooks in HOOKS):
+        if not is_torchs(type(module)) or any(getattr(module, hooks) for hooks in HOOKS):
             return False
         for value in vars(module).values():
-            if callable(value) and not isinstance(value, nn.Module) and _root(value) != "torch":
+            if callable(value) and not isinstance(value, nn.Module) and not is_torchs(value):
                 return False
             if isinstance(value, MethodType):  # a forward pass put in the place of the class's
                 return False
@@ -238,8 +238,9 @@ def _storage(tensor: Tensor) -> int:
         return 0
 
 
-def _root(thing: Any) -> str:
-    return (getattr(thing, "__module__", None) or "").partition(".")[0]
+def is_torchs(thing: Any) -> bool:
+    """Whether a class, a function or an object's class was defined by torch."""
+    return (getattr(thing, "__module__", None) or "").partition(".")[0] == "torch"
 
 
 def _layer(model: nn.Module, name: str) -> nn.Linear:

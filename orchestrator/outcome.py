@@ -53,7 +53,8 @@ OUTCOME_COLUMNS: dict[str, str] = {
 """`outcomes.parquet`, one row per evaluated state. `trial` is the first trial that reached the state (-1: the dense
 model), `round` the number of prunings behind it, `layers` maps each prunable tensor to [kept, total], `seconds` is
 the time of the stages run for it, `curve` lists
-[step, valid loss, valid main metric] along its training where `evaluate_every` asks for it, `finished_at` is in seconds since 1970 UTC."""
+[step, valid loss, valid main metric] along its training where `evaluate_every` asks for it, `finished_at` is in
+seconds since 1970 UTC."""
 
 PROPOSAL_COLUMNS: dict[str, str] = {
     "trial": "integer",

@@ -50,7 +50,7 @@ class Standing:
         if self.failed:
             parts.insert(1, f"{self.failed} failed")
         if self.best:
-            parts.append("best " + ", ".join(f"{name} {value:.4g}" for name, value in self.best.items()))
+            parts.append("best of each: " + ", ".join(f"{name} {value:.4g}" for name, value in self.best.items()))
         return " · ".join(parts)
 
 

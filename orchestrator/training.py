@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from orchestrator import optimizers
 from orchestrator.errors import NotFinite, StageFailed
-from orchestrator.narrowing import Narrowable, narrowed, only_torch, widen_columns
+from orchestrator.narrowing import Narrowable, is_torchs, narrowed, only_torch, widen_columns
 from orchestrator.ops import Recipe, Train
 from orchestrator.seeds import derive
 from orchestrator.state import State, into_model, of_model
@@ -67,7 +67,7 @@ def train(
     device = next(iter(model.parameters())).device
     into_model(state.weights, model)
     model.train()
-    draws = task.step is not None or not isinstance(data, InMemory) or not only_torch(model)
+    draws = task.step is not None or not isinstance(data, InMemory) or not (only_torch(model) and is_torchs(task.loss))
     # Weight decay moves weights without a gradient, and a step of the user's own may look at them.
     idle_inputs = silent if not recipe.weight_decay and task.step is None else None
     with arithmetic(device), narrowed(model, state.masks, layers, idle_inputs) as narrow:

@@ -37,7 +37,7 @@ def front(values: ArrayLike, directions: Sequence[Direction]) -> Indices:
 
 
 def ranks(values: ArrayLike, directions: Sequence[Direction]) -> Indices:
-    """Each row's non-domination rank: 0 on the front, 1 on the front of the rest, and so on; rows with a NaN come last."""
+    """Each row's non-domination rank: 0 on the front, 1 on the front of the rest, and so on; NaN rows come last."""
     costs = _costs(values, directions)
     result = np.zeros(len(costs), dtype=np.intp)
     measured = np.flatnonzero(~np.isnan(costs).any(axis=1))
@@ -71,7 +71,7 @@ def crowding(values: ArrayLike, directions: Sequence[Direction]) -> Floats:
 
 
 def hypervolume(values: ArrayLike, directions: Sequence[Direction], reference: Sequence[float]) -> float:
-    """The volume that the rows dominate, up to `reference` (in the units of `values`); rows not better than it add nothing.
+    """The volume that the rows dominate, up to `reference`, in the units of `values`; rows beyond it add nothing.
 
     Exact: a sweep in two objectives, hypervolume by slicing objectives (While et al., 2006) in more, which suits fronts
     of some hundred points in three or four objectives.
@@ -85,7 +85,7 @@ def hypervolume(values: ArrayLike, directions: Sequence[Direction], reference: S
 def knee(values: ArrayLike, directions: Sequence[Direction]) -> int:
     """The index of the front's knee: beyond it, a little more of one objective costs much of another.
 
-    Each objective is scaled to [0, 1] over the front; the knee is the point farthest from the hyperplane through the best
+    Each objective is scaled to [0, 1] over the front; the knee is farthest from the hyperplane through the best
     point of each objective, on the side of the ideal (Das, "On characterizing the knee of the Pareto curve", 1999).
     Where none lies on that side, and on a front of one or two points, there is no knee: then the point nearest to the
     ideal, and among equals the better one in the first objective.
@@ -163,7 +163,7 @@ def _minimal_of_two(costs: Floats) -> Indices:
 
 
 def _minimal_by_blocks(costs: Floats) -> Indices:
-    # A row that dominates another comes before it: its sum is no greater, and rounding's ties are broken column by column.
+    # A row that dominates another comes before it: its sum is no greater, and equal sums are ordered by column.
     order = np.lexsort((*costs.T[::-1], _scaled_sums(costs)))
     found: list[Indices] = []
     best = np.empty((0, costs.shape[1]))
@@ -214,7 +214,7 @@ def _any_dominates(best: Floats, costs: Floats) -> NDArray[np.bool_]:
 
 
 def _ranks_by_sweep(costs: Floats) -> Indices:
-    """Ranks in one or two objectives: by the first, each row joins the first front whose least second cost is above its own."""
+    """Ranks in one or two objectives: each row joins the first front whose least second cost is above its own."""
     if not len(costs):
         return np.empty(0, dtype=np.intp)
     if costs.shape[1] == 1:

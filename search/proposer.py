@@ -1,7 +1,7 @@
 """Which parameters to try next: ask, tell, rebuild. The only importer of optuna, and only for the samplers that learn.
 
-Proposal n is drawn by a fresh sampler seeded with a hash of (seed, n), so that a restart at any point goes on as if there
-had been none: random, grid and enqueued proposals always, the others given the same results told.
+Proposal n is drawn by a fresh sampler seeded with a hash of (seed, n), so that a restart at any point goes on as if
+there had been none: random, grid and enqueued proposals always, the others given the same results told.
 """
 
 from __future__ import annotations
@@ -523,7 +523,7 @@ class Ahead:
         try:
             while self._step():
                 pass
-        except BaseException as error:  # noqa: BLE001 (it crosses to the thread that takes)
+        except BaseException as error:
             with self._change:
                 self._error = error
                 self._change.notify_all()
@@ -602,7 +602,7 @@ def _sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     return samplers.GPSampler(seed=seed, warn_independent_sampling=False)
 
 
-# Optuna sees choices and stepped ranges by index: lists may be choices, True stays apart from 1, and no step is rounded.
+# Optuna sees choices and stepped ranges by index: lists may be choices, True is not 1, and no step is rounded.
 
 
 def _distribution(parameter: Choice | Range) -> optuna.distributions.BaseDistribution:

@@ -31,7 +31,7 @@ class BoundError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """`measure operator limit`, where the limit is `factor` times the dense model's value of the measure, plus `offset`."""
+    """`measure operator limit`; the limit is `factor` times the dense model's value of the measure, plus `offset`."""
 
     measure: str
     operator: str

@@ -6,7 +6,7 @@
     rate = { low = 0.1, high = 0.5, step = 0.05 }               a table with low and high is a range
     rewind_epoch = { choices = [0, 1], when = { retrain = ["rewind"] } }
     ignored = { value = ["conv1", "fc"] }                       a fixed list
-    criteria.taylor.examples = [64, 256]                        any other table is a namespace: "criteria.taylor.examples"
+    criteria.taylor.examples = [64, 256]                     any other table is a namespace: "criteria.taylor.examples"
 
 `when` says that a parameter applies only if each parameter it names applies and has one of the values listed.
 """
@@ -189,7 +189,7 @@ class Space:
         )
 
     def imply(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """`params` with the conditions of what is given: a missing parent gets the first value that its child asks for."""
+        """`params` with the conditions of what is given: a missing parent gets the first value its child asks for."""
         implied = dict(params)
         for parameter in reversed(self.parameters):
             if parameter.name not in implied:
@@ -200,7 +200,7 @@ class Space:
         return implied
 
     def resolve(self, suggest: Callable[[Choice | Range], Any]) -> dict[str, Any]:
-        """One point: `suggest` is asked for every choice and range that applies, parents first; fixed values join them."""
+        """One point: `suggest` is asked for every choice and range that applies, parents first; fixed ones join them."""
         params: dict[str, Any] = {}
         for parameter in self.parameters:
             if self._applies(parameter, params, settled=True):

@@ -29,6 +29,11 @@ ONLY = {
         "orchestrator/retrieve.py",
         "orchestrator/cli.py",
         "orchestrator/front.py",
+        "orchestrator/driver.py",
+        "orchestrator/history.py",
+        "orchestrator/catalogue.py",
+        "orchestrator/code.py",
+        "orchestrator/__init__.py",
     ),
 }
 
@@ -44,7 +49,11 @@ NEVER = {
         "orchestrator/plan.py",
         "orchestrator/graph.py",
         "orchestrator/spec.py",
+        "orchestrator/settings.py",
         "orchestrator/study.py",
+        "orchestrator/driver.py",
+        "orchestrator/history.py",
+        "orchestrator/front.py",
         "orchestrator/cli.py",
         "orchestrator/tasks/info.py",
         "orchestrator/tasks/source.py",

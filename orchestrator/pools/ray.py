@@ -92,7 +92,7 @@ class RayPool:
         if self._started:
             _start(ray, workers, address)
         self._ray = ray
-        resources = ray.cluster_resources()
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus = resources.get("GPU", 0.0)
         self._gpus = float((1 if gpus else 0) if gpus_per_worker is None else gpus_per_worker)
         self.device = "cuda" if self._gpus else "cpu"
@@ -151,9 +151,12 @@ class RayPool:
         """Hand the job to workers; what they answer, and whether their notes came through, decides if they may work."""
         assert self._job is not None
         infos = []
-        for slot, (what, answer) in zip(
-            slots, self._ray.get([slot.actor.prepare.remote(self._job) for slot in slots]), strict=True
-        ):
+        try:
+            answers = self._ray.get([slot.actor.prepare.remote(self._job) for slot in slots])
+        except self._ray.exceptions.RayActorError as error:
+            said = str(error).strip().partition("\n")[0]
+            raise WorkersUnusable(f"a worker died before it was ready: {said}") from error
+        for slot, (what, answer) in zip(slots, answers, strict=True):
             if what != "ready":
                 raise _error(what, answer)
             if self._job.nonce and not Store(self._job.store_url).files.exists(note(self._job, slot.number)):
@@ -220,7 +223,9 @@ class RayPool:
             self._tries[guilty.number] = self._tries.get(guilty.number, 0) + 1
             if self._tries[guilty.number] >= MOST_TRIES:
                 again.pop(0)
-                message = f"the worker died {MOST_TRIES} times over this segment (out of memory, or a crash in native code)"
+                message = (
+                    f"the worker died {MOST_TRIES} times over this segment (out of memory, or a crash in native code)"
+                )
                 key = next(step.key for step in guilty.steps if step.stored or step.evaluated)
                 self._said.append(Failed(segment=guilty.number, key=key, kind="worker died", message=message))
                 self._said.append(Ended(segment=guilty.number))

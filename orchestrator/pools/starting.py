@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import WorkersUnusable
@@ -66,12 +66,14 @@ class StartingPool:
         if self._here is not None:
             return self._step(pool)
         if pool is None:
+            assert self._ready is not None, "prepare() comes first"
+            wait([self._ready], timeout_seconds)
             return []
         self._local.close()
         return pool.completed(timeout_seconds)
 
     def close(self) -> None:
-        """End the real pool once it has come up, in the thread that started it: Ray's processes end with that thread."""
+        """End the real pool once it has come up, in the thread that started it: its processes end with that thread."""
 
         def end() -> None:
             if not self._started.cancelled() and self._started.exception() is None:
@@ -93,17 +95,19 @@ class StartingPool:
         return pool
 
     def _step(self, pool: Pool | None) -> Sequence[Event]:
-        """One report of the segment that runs here. What is left of it goes to a real worker as soon as there is one."""
-        assert self._here is not None
+        """One report of the segment that runs here; what is left of it goes to a real worker once there is one."""
+        left = self._here
+        assert left is not None
         events = self._local.completed(0)
         for event in events:
             if isinstance(event, Ended):
-                self._here = None
-            elif isinstance(event, Reported) and event.stored:
-                self._here = self._here.after(event.key)
-                if pool is not None and self._here.steps:
-                    pool.submit(self._here)
-                    self._here = None
+                left = None
+            elif isinstance(event, Reported) and event.stored and left is not None:
+                left = left.after(event.key)
+                if pool is not None and left.steps:
+                    pool.submit(left)
+                    left = None
+        self._here = left
         return events
 
 

@@ -195,14 +195,13 @@ def _digest(loaded: LoadedTask, model: nn.Module) -> str:
 
 
 def _given_weights(loaded: LoadedTask, model: nn.Module) -> dict[str, Tensor]:
-    """The weights that a trained model brings from a file, which no digest of source or data covers.
+    """The weights that a model brings from a file, which no digest of source or data covers.
 
-    They are those that do not depend on the init seed: a new head on a trained body is drawn anew and left out.
+    They are those that do not depend on the init seed: a new head on a trained body is drawn anew and left out. A task
+    need not say that its model comes trained for its checkpoint to count.
     """
     from orchestrator.tasks.load import BUILD_SEED, isolated
 
-    if loaded.task.fresh is None:
-        return {}
     with isolated(BUILD_SEED):
         first = loaded.model().state_dict()
     with isolated(BUILD_SEED + 1):

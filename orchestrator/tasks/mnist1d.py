@@ -1,4 +1,4 @@
-"""MNIST-1D (Greydanus & Kobak, 2024): 5,000 generated signals; 3,200 to train, 800 to validate, its own 1,000 to test."""
+"""MNIST-1D (Greydanus & Kobak, 2024): 5,000 generated signals; 3,200 to train, 800 to validate, 1,000 to test."""
 
 from __future__ import annotations
 

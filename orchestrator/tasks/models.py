@@ -1,4 +1,4 @@
-"""The small architectures of the built-in tasks, with Gaussian Glorot weights and zero biases (Frankle & Carbin, 2019)."""
+"""The built-in tasks' architectures, with Gaussian Glorot weights and zero biases (Frankle & Carbin, 2019)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def lenet_conv(classes: int = 10) -> nn.Sequential:
-    """LeNet-5 with ReLU and max pooling (after LeCun et al., 1998): (n, 1, 28, 28) -> (n, classes); 61,706 parameters."""
+    """LeNet-5 with ReLU and max pooling (after LeCun et al., 1998): (n, 1, 28, 28) -> (n, classes), 61,706 weights."""
     layers: OrderedDict[str, nn.Module] = OrderedDict(
         conv1=nn.Conv2d(1, 6, 5, padding=2),
         relu1=nn.ReLU(),

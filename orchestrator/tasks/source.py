@@ -65,7 +65,7 @@ def collect(name: str, root: Path) -> Source:
 
 
 def function_source(name: str, root: Path) -> Source:
-    """The files of the user's function `"package.module:function"` (or `"file.py:function"`); as `collect` otherwise."""
+    """The files of a user's function `"package.module:function"` or `"file.py:function"`; as `collect` otherwise."""
     module, colon, function = name.rpartition(":")
     if not colon or not module or not function:
         raise TaskError(f"{name!r} does not name a function: write it as package.module:function")
@@ -125,7 +125,7 @@ def _source(name: str, module: str, files: Mapping[str, str]) -> Source:
     )
 
 
-# --- Finding the files -------------------------------------------------------------------------------------------------
+# --- Finding the files ---
 
 
 def _collect(target: str, name: str, root: Path, kind: str) -> Source:
@@ -267,7 +267,7 @@ def _dotted(relative: str) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-# --- Importing them ----------------------------------------------------------------------------------------------------
+# --- Importing them ---
 
 
 def _folder_with(source: Source, root: Path | None) -> Path | None:
@@ -341,7 +341,7 @@ class _LocalModules:
         if name in self.texts:
             code = compile(self.texts[name], str(self.folder / self.paths[name]), "exec", dont_inherit=True)
             module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self.import_local}
-            exec(code, module.__dict__)  # noqa: S102 - this is how an import runs a module
+            exec(code, module.__dict__)
 
     def import_local(
         self,

@@ -64,7 +64,12 @@ def main() -> None:
             pool.close()
         seconds = time.perf_counter() - memory.began
         rows = study.table().num_rows
-    found = {"trials": standing.done, "rows": rows, "per_s": round(standing.done / seconds, 1), "sampler": options.sampler}
+    found = {
+        "trials": standing.done,
+        "rows": rows,
+        "per_s": round(standing.done / seconds, 1),
+        "sampler": options.sampler,
+    }
     if len(memory.noted) > 2:
         first, last = memory.noted[1], memory.noted[-1]
         found["kb_per_trial"] = round(1000 * (last[2] - first[2]) / (last[0] - first[0]), 2)

@@ -35,21 +35,25 @@ def _row(index: int, rng: np.random.Generator) -> dict[str, object]:
     accuracy = round(500 * (0.98 - 0.2 * sparsity**4 - 0.05 * float(rng.random()))) / 500  # of 500 validation rows
     measures = {name: accuracy for name, kind in OUTCOME_COLUMNS.items() if kind == "float"}
     integers = {name: int(1e5 * (1 - sparsity)) for name, kind in OUTCOME_COLUMNS.items() if kind == "integer"}
-    return measures | integers | {
-        "key": hashlib.sha256(str(index).encode()).hexdigest(),
-        "trial": DENSE_TRIAL if index == 0 else index // ROUNDS,
-        "round": 0 if index == 0 else index % ROUNDS + 1,
-        "seed": 0,
-        "params": {"rate": 0.1 + (index % 9) * 0.05, "rounds": 5},
-        "sparsity": 0.0 if index == 0 else sparsity,
-        "class_accuracy": [accuracy] * 10,
-        "test_class_accuracy": [accuracy] * 10,
-        "layers": {"fc1.weight": [int(235200 * (1 - sparsity)), 235200]},
-        "metrics": {},
-        "task_digest": "0" * 64,
-        "device": "cpu",
-        "versions": {"torch": "2.13.0"},
-    }
+    return (
+        measures
+        | integers
+        | {
+            "key": hashlib.sha256(str(index).encode()).hexdigest(),
+            "trial": DENSE_TRIAL if index == 0 else index // ROUNDS,
+            "round": 0 if index == 0 else index % ROUNDS + 1,
+            "seed": 0,
+            "params": {"rate": 0.1 + (index % 9) * 0.05, "rounds": 5},
+            "sparsity": 0.0 if index == 0 else sparsity,
+            "class_accuracy": [accuracy] * 10,
+            "test_class_accuracy": [accuracy] * 10,
+            "layers": {"fc1.weight": [int(235200 * (1 - sparsity)), 235200]},
+            "metrics": {},
+            "task_digest": "0" * 64,
+            "device": "cpu",
+            "versions": {"torch": "2.13.0"},
+        }
+    )
 
 
 def main() -> None:

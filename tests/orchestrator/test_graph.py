@@ -460,7 +460,7 @@ class World:
                 self.failed |= self.graph.fail(step.key)
                 break
             self.trained += step.steps
-            made[step.key] = resumable and (step.resumable or not step.stored)  # as the store would give it back
+            made[step.key] = resumable
             if step.evaluated or step.stored:
                 assert step.stored
                 self.report(step)
@@ -477,11 +477,9 @@ class World:
             assert step.evaluated and not step.steps and (optimizer == [True] or not step.resumable)
             return optimizer[0]
         match step.op:
-            case Train() if step.goes_on:
-                assert optimizer == [True], "training would go on without its optimizer"
-                return True
             case Train():
-                return True
+                assert optimizer == [True] or not step.goes_on, "training would go on without its optimizer"
+                return step.resumable or not step.stored  # as the store would give it back
             case Prune():
                 return optimizer[0]
             case Rewind(what="weights"):

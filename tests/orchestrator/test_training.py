@@ -155,6 +155,20 @@ def test_a_model_may_draw_from_any_generator() -> None:
     assert same(whole, run(run(begin, 5, DrawsFromPython), 14, DrawsFromPython))
 
 
+def test_a_loss_and_a_step_may_draw_from_any_generator() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs * (1 + random.random()) + float(np.random.rand()) * outputs, targets)
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        return loss(model(batch[0]), batch[1])
+
+    for given_task in (task(loss=loss), task(step=step)):
+        whole = run(start(), 14, given_task=given_task)
+        random.seed(99)
+        np.random.seed(99)
+        assert same(whole, run(run(start(), 5, given_task=given_task), 14, given_task=given_task))
+
+
 def test_a_cut_without_its_optimizer_would_be_noticed() -> None:
     cut = run(start(), 5)
     assert not same(run(start(), 14), run(cut.without_optimizer(), 14))
