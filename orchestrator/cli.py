@@ -86,10 +86,6 @@ def run(
             from orchestrator.pools.local import LocalPool
 
             return LocalPool()
-        if address is None:
-            from orchestrator.pools import this_machine
-
-            return this_machine(workers, gpus_per_worker)
         from orchestrator.pools.ray import RayPool
 
         return RayPool(workers, address=address, gpus_per_worker=gpus_per_worker)
@@ -277,10 +273,9 @@ def _end(message: str, code: int) -> NoReturn:
 
 
 def _from_file(path: Path, store: str) -> Study:
-    from orchestrator.spec import StudySpec
     from orchestrator.study import Study
 
-    return Study(StudySpec.load(path), store, root=path.parent)
+    return Study.load(path, store)
 
 
 def _open(study: str, store: str) -> Study:

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +43,11 @@ _BEAT_SECONDS = 1.0
 
 AHEAD = 128
 """Trials under way at a time for samplers that look at no result; those that learn get two for each worker."""
+
+MOST_CUTS = 32
+"""A space with more places to rewind to than this has the dense training cut only where trials ask for it."""
+
+SHARED_FAILURE = "a stage that it shares with another trial failed"
 
 Values = tuple[float | None, ...]
 Rounds = dict[int, tuple[list[float], dict[str, float]]]
@@ -190,10 +195,13 @@ class Driver:
         self._add(self._dense)
 
     def _cuts(self) -> list[float]:
-        """Epochs of the dense training that the space can rewind to."""
-        epochs = self.space.possible("rewind_epoch") or ()
-        rewinds = "rewind" in (self.space.possible("retrain") or ())
-        return sorted({float(epoch) for epoch in epochs if epoch}) if rewinds and len(epochs) <= 32 else []
+        """Epochs of the dense training that trials may rewind to or, under a constant learning rate, end at."""
+        epochs: set[float] = set()
+        if "rewind" in (self.space.possible("retrain") or ()):
+            epochs.update(self.space.possible("rewind_epoch") or ())
+        if self.spec.train.lr_schedule == "constant" and "lr_schedule" not in self.space.names:
+            epochs.update(self.space.possible("epochs") or ())
+        return sorted(epoch for epoch in epochs if epoch) if len(epochs) <= MOST_CUTS else []
 
     def _ask(self, most: int, *, patient: bool) -> list[Proposal]:
         """At most `most` proposals: those that are ready, or all of them for the patient."""
@@ -239,10 +247,10 @@ class Driver:
             for number, key in plan.points:
                 if key not in self._values:
                     self._owners.setdefault(key, (trial.number, number, seed, trial.params))
-            self.graph.add(plan, self._facts)
+            self._fail(self.graph.add(plan, self._facts), SHARED_FAILURE)
             for _, key in plan.points:
                 if self.graph.failed(key):
-                    trial.failure = trial.failure or "a stage that it shares with another trial failed"
+                    trial.failure = trial.failure or SHARED_FAILURE
                 elif not self.graph.known(key):
                     trial.missing.add(key)
                     self._waiting_for.setdefault(key, set()).add(trial.number)
@@ -292,7 +300,8 @@ class Driver:
             self._outcome(event.key, event.measures)
         facts = Facts(known=event.key in self._values, present=event.stored, resumable=event.resumable)
         self.graph.done(event.key, facts)
-        for number in self._waiting_for.pop(event.key, ()):
+        # Without its outcome the point is still to come: the graph has the state measured.
+        for number in self._waiting_for.pop(event.key, ()) if facts.known else ():
             trial = self._trials[number]
             trial.missing.discard(event.key)
             if not trial.missing and not trial.failure:
@@ -311,6 +320,8 @@ class Driver:
 
     def _outcome(self, key: str, measures: Mapping[str, Any]) -> None:
         """Record what was measured of a state, under the first trial that asked for it."""
+        if key not in self._owners:
+            return  # nobody waits any more: the trial that did has failed elsewhere
         trial, number, seed, params = self._owners.pop(key)
         self._rows["outcomes"].append(
             {**measures, "key": key, "trial": trial, "round": number, "seed": seed, "params": params}
@@ -325,7 +336,11 @@ class Driver:
     def _failed(self, event: Failed) -> None:
         reason = f"{event.kind}: {event.message}"
         self._event("stage failed", key=event.key, detail={"reason": reason, "traceback": event.traceback})
-        for key in self.graph.fail(event.key):
+        self._fail(self.graph.fail(event.key), reason)
+
+    def _fail(self, keys: Iterable[str], reason: str) -> None:
+        """The trials that wait for any of the keys have failed."""
+        for key in keys:
             for number in self._waiting_for.pop(key, ()):
                 trial = self._trials.get(number)
                 if trial is not None and not trial.failure:

@@ -78,13 +78,7 @@ class StudySpec(Section):
         Raises:
             SpecError: the file is missing, is no TOML (with the line), or a value is wrong (with its name).
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise SpecError(f"cannot read the study file {str(path)!r}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise SpecError(f"{path}: not a text file in UTF-8") from error
-        return cls.parse(text, str(path))
+        return cls.parse(read_text(path), str(path))
 
     @classmethod
     def parse(cls, text: str, path: str = "study") -> StudySpec:
@@ -204,6 +198,16 @@ class StudySpec(Section):
     def to_toml(self) -> str:
         """The study as TOML, for studies that were made in Python."""
         return _toml(self.model_dump(exclude_defaults=True, exclude_none=True, mode="json"))
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a study file; SpecError where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"cannot read the study file {str(path)!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: not a text file in UTF-8") from error
 
 
 def mix_refused(params: Mapping[str, Any], error: Exception) -> str:

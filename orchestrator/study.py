@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,11 @@ from orchestrator.errors import InputError, QueryError, SpecError, UnknownName
 from orchestrator.front import Front, column_of, front, known_measures
 from orchestrator.objectives import OBJECTIVES, Objective, objectives
 from orchestrator.plan import refuse_empty_mix
-from orchestrator.pools import this_machine
 from orchestrator.progress import Progress, Standing
-from orchestrator.spec import StudySpec, mix_refused
+from orchestrator.spec import StudySpec, mix_refused, read_text
 from orchestrator.store.lease import acquire, held, this_process
 from orchestrator.store.store import Store
+from search.proposer import preload
 
 if TYPE_CHECKING:
     from orchestrator.pools.protocol import Job, Pool
@@ -43,6 +44,15 @@ class Study:
         self.store = Store(store)
         self.root = Path(root).resolve()
         self._meta: dict[str, Any] | None = None
+        self._text = ""
+
+    @classmethod
+    def load(cls, path: str | Path, store: str | Path = DEFAULT_STORE) -> Study:
+        """The study that a TOML file describes; its task's path is relative to the file's folder."""
+        text = read_text(path)
+        study = cls(StudySpec.parse(text, str(path)), store, root=Path(path).parent)
+        study._text = text
+        return study
 
     @classmethod
     def open(cls, url: str | Path, name: str) -> Study:
@@ -57,7 +67,7 @@ class Study:
             raise QueryError(f"{UnknownName('study', name, store.studies())} (in the store {store.name})")
         text, meta = found
         study = cls(StudySpec.parse(text, name), url, root=meta.get("root", "."))
-        study._meta = meta
+        study._meta, study._text = meta, text
         return study
 
     def run(
@@ -80,15 +90,21 @@ class Study:
         Raises:
             InputError: something in the study, its task or the store is wrong.
         """
-        from orchestrator.driver import Driver, Setting
-
         self._refuse_early()
+        # While Ray's processes come up there is nothing else to do but to import what the loop will need.
+        importing = threading.Thread(target=_import_ahead, args=[self.spec.sampler], name="imports")
+        importing.start()
         ours = pool is None or callable(pool)
         if pool is None:
-            pool = this_machine(workers)
+            from orchestrator.pools.ray import RayPool
+
+            pool = RayPool(workers)
         elif callable(pool):
             pool = pool()
         try:
+            importing.join()
+            from orchestrator.driver import Driver, Setting
+
             with self._nonce() as nonce:
                 sources = self._bind_functions()
                 info = pool.prepare(self._job(sources, nonce))
@@ -274,4 +290,12 @@ class Study:
             "objectives": [{"name": o.name, "column": o.column, "direction": o.direction} for o in found],
         }
         self._meta = meta
-        self.store.write_study(self.spec.name, self.spec.to_toml(), meta)
+        self.store.write_study(self.spec.name, self._text or self.spec.to_toml(), meta)
+
+
+def _import_ahead(sampler: str) -> None:
+    """Import what the loop will need, for a thread of its own."""
+    import orchestrator.driver
+    import orchestrator.store.ledger  # noqa: F401
+
+    preload(sampler)

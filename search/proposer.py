@@ -100,6 +100,12 @@ class Proposer(Protocol):
         ...
 
 
+def preload(sampler: str) -> None:
+    """Import what the sampler will need; `make` does so too, but somebody may be waiting for it then."""
+    if sampler in LEARNS:
+        import optuna.samplers  # noqa: F401
+
+
 def make(
     sampler: str,
     space: Space,

@@ -200,7 +200,7 @@ class Space:
         return implied
 
     def resolve(self, suggest: Callable[[Choice | Range], Any]) -> dict[str, Any]:
-        """One point: `suggest` is asked for every choice and range that applies, parents first; fixed ones join them."""
+        """One point: `suggest` is asked for each choice and range that applies, parents first; fixed ones join them."""
         params: dict[str, Any] = {}
         for parameter in self.parameters:
             if self._applies(parameter, params, settled=True):

@@ -138,7 +138,7 @@ class Worker:
             "device": self.device,
             "seconds": seconds,
             "finished_at": time.time(),
-            "versions": {"torch": torch.__version__, "python": platform.python_version(), "cpu": _cpu()},
+            "versions": {"torch": str(torch.__version__), "python": platform.python_version(), "cpu": _cpu()},
         }
 
     def _commit(self, step: Step, made: dict[str, _Held], measures: Mapping[str, Any] | None) -> bool:

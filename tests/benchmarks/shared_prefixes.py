@@ -8,10 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-BEGAN = time.time()
-
-from orchestrator import Study, StudySpec  # noqa: E402
-from orchestrator.pools import this_machine  # noqa: E402
+from orchestrator import Study, StudySpec
 
 CRITERIA = {"l1": "magnitude", "random": "random"}
 
@@ -52,18 +49,12 @@ def main() -> None:
     options = parser.parse_args()
     proposals = json.loads((Path(__file__).parent / "proposals.json").read_text())[: options.limit]
     with tempfile.TemporaryDirectory() as folder:
-        pool = this_machine(options.workers)
-        ready = time.time()
         study = Study(spec(proposals), options.store or folder)
-        try:
-            standing = study.run(pool)
-        finally:
-            pool.close()
+        standing = study.run(workers=options.workers)
         wall = time.time() - _process_start()
         rows = study.store.table("proposals", "outcomes", ["trial", "round", "test_accuracy", "params"]).to_pylist()
     found = {
         "wall_s": round(wall, 2),
-        "ray_ready_s": round(ready - _process_start(), 2),
         "epochs_asked": round(standing.epochs_asked, 1),
         "epochs_run": round(standing.epochs_run, 1),
         "done": standing.done,
