@@ -24,6 +24,9 @@ CHEAP_AT_ONCE = 32
 MOST_TRIES = 2
 """How often a segment may lose its worker before its stage counts as failed."""
 
+PATIENCE_SECONDS = 30
+"""Workers that take longer than this to start are worth a word: the cluster may have no room for them."""
+
 _HELD = 64
 
 
@@ -151,8 +154,13 @@ class RayPool:
         """Hand the job to workers; what they answer, and whether their notes came through, decides if they may work."""
         assert self._job is not None
         infos = []
+        coming = [slot.actor.prepare.remote(self._job) for slot in slots]
         try:
-            answers = self._ray.get([slot.actor.prepare.remote(self._job) for slot in slots])
+            while len(self._ray.wait(coming, num_returns=len(coming), timeout=PATIENCE_SECONDS)[0]) < len(coming):
+                free = self._ray.available_resources()
+                room = ", ".join(f"{free.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+                _LOG.warning("waiting for %d workers to start; free in the cluster: %s", len(coming), room)
+            answers = self._ray.get(coming)
         except self._ray.exceptions.RayActorError as error:
             said = str(error).strip().partition("\n")[0]
             raise WorkersUnusable(f"a worker died before it was ready: {said}") from error
@@ -245,10 +253,12 @@ def _start(ray: Any, workers: int | None, address: str | None) -> None:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
+        if "://" in address:
+            raise InputError(f"--address {address}: a cluster is joined from one of its nodes; legal: auto, HOST:PORT")
         try:
             ray.init(address=address, **quiet)
-        except ConnectionError as error:
-            raise InputError(f"no Ray cluster at {address!r}: {str(error).partition(chr(10))[0]}") from error
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise InputError(f"no Ray cluster at {address!r}: {str(error).strip().partition(chr(10))[0]}") from error
         return
     os.environ.setdefault("RAY_preload_python_modules", "torch")
     # The first connection to a raylet that is still coming up is otherwise given up for a whole second.
