@@ -295,7 +295,8 @@ class Study:
 
 def _import_ahead(sampler: str) -> None:
     """Import what the loop will need, for a thread of its own."""
-    import orchestrator.driver
-    import orchestrator.store.ledger  # noqa: F401
+    import orchestrator.driver  # noqa: F401
+    from orchestrator.store.ledger import SCHEMAS
 
+    SCHEMAS["events"].empty_table()  # the first table has pyarrow import pandas, where there is one
     preload(sampler)

@@ -260,7 +260,6 @@ def _start(ray: Any, workers: int | None, address: str | None) -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(f"no Ray cluster at {address!r}: {str(error).strip().partition(chr(10))[0]}") from error
         return
-    os.environ.setdefault("RAY_preload_python_modules", "torch")
     # The first connection to a raylet that is still coming up is otherwise given up for a whole second.
     os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "50")
     ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
