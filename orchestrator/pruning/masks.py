@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from orchestrator.errors import NotFinite
 from orchestrator.seeds import derive
 
 
-def keep_top(scores: Tensor, keep: int, *, magnitudes: Tensor, hashes: Tensor) -> Tensor:
+def keep_top(scores: Tensor, keep: int, ties: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
     """Exactly `keep` True entries, at the highest scores.
 
     Ties fall by magnitude, then by hash; a rule by position would cut whole rows or layers first.
@@ -20,8 +20,8 @@ def keep_top(scores: Tensor, keep: int, *, magnitudes: Tensor, hashes: Tensor) -
     Args:
         scores: shape (n,); higher is kept.
         keep: how many of the n stay.
-        magnitudes: shape (n,); decides between equal scores.
-        hashes: shape (n,), int64; decides between equal scores and magnitudes.
+        ties: gives what decides between equal scores, magnitudes and then hashes (int64), each of shape (n,). Asked for
+            only where equal scores must be told apart.
 
     Raises:
         NotFinite: a score is NaN or infinite, so that there is no order.
@@ -38,6 +38,7 @@ def keep_top(scores: Tensor, keep: int, *, magnitudes: Tensor, hashes: Tensor) -
     tied = torch.nonzero(scores == threshold).squeeze(1)
     wanted = keep - int(kept.sum())
     if wanted < tied.numel():
+        magnitudes, hashes = ties()
         order = np.lexsort((hashes[tied].numpy(), -magnitudes[tied].double().numpy()))
         tied = tied[torch.from_numpy(order[:wanted].copy())]
     kept[tied] = True

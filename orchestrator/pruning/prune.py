@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import prod
 from typing import Any
 
 import torch
@@ -96,12 +95,12 @@ def _best_of_group(
     before: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The group's `keep` best entries among those kept before."""
-    kept = keep_top(
-        torch.cat([scores[name][before[name]] for name in group]),
-        keep,
-        magnitudes=torch.cat([weights[name][before[name]].abs() for name in group]),
-        hashes=torch.cat([index_hashes(name, prod(before[name].shape))[before[name].reshape(-1)] for name in group]),
-    )
+
+    def ties() -> tuple[Tensor, Tensor]:
+        magnitudes = torch.cat([weights[name][before[name]].abs() for name in group])
+        return magnitudes, torch.cat([index_hashes(n, before[n].numel())[before[n].reshape(-1)] for n in group])
+
+    kept = keep_top(torch.cat([scores[name][before[name]] for name in group]), keep, ties)
     after = {}
     for name, part in zip(group, torch.split(kept, [int(before[name].sum()) for name in group]), strict=True):
         mask = torch.zeros_like(before[name])

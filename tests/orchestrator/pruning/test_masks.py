@@ -21,8 +21,10 @@ def top(scores: Tensor, keep: int, magnitudes: Tensor | None = None, hashes: Ten
     return keep_top(
         scores,
         keep,
-        magnitudes=torch.zeros_like(scores) if magnitudes is None else magnitudes,
-        hashes=index_hashes("w", scores.numel()) if hashes is None else hashes,
+        lambda: (
+            torch.zeros_like(scores) if magnitudes is None else magnitudes,
+            index_hashes("w", scores.numel()) if hashes is None else hashes,
+        ),
     )
 
 
