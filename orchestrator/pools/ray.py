@@ -157,7 +157,7 @@ class RayPool:
         coming = [slot.actor.prepare.remote(self._job) for slot in slots]
         try:
             while len(self._ray.wait(coming, num_returns=len(coming), timeout=PATIENCE_SECONDS)[0]) < len(coming):
-                free = self._ray.available_resources()
+                free: dict[str, float] = self._ray.available_resources()  # type: ignore[no-untyped-call]
                 room = ", ".join(f"{free.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
                 _LOG.warning("waiting for %d workers to start; free in the cluster: %s", len(coming), room)
             answers = self._ray.get(coming)
