@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ CHEAP_AT_ONCE = 32
 
 MOST_TRIES = 2
 """How often a segment may lose its worker before its stage counts as failed."""
+
+CONNECT_SECONDS = 10.0
 
 PATIENCE_SECONDS = 30
 """Workers that take longer than this to start are worth a word: the cluster may have no room for them."""
@@ -91,6 +94,8 @@ class RayPool:
     ) -> None:
         import ray
 
+        if address is not None:
+            _refuse_silence(address)
         self._started = not ray.is_initialized()
         if self._started:
             _start(ray, workers, address)
@@ -253,8 +258,6 @@ def _start(ray: Any, workers: int | None, address: str | None) -> None:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is not None:
-        if "://" in address:
-            raise InputError(f"--address {address}: a cluster is joined from one of its nodes; legal: auto, HOST:PORT")
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -263,6 +266,19 @@ def _start(ray: Any, workers: int | None, address: str | None) -> None:
     # The first connection to a raylet that is still coming up is otherwise given up for a whole second.
     os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "50")
     ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
+
+
+def _refuse_silence(address: str) -> None:
+    """Ray tries an address at which nothing answers for minutes; here a connection is tried for seconds, first."""
+    if "://" in address:
+        raise InputError(f"--address {address}: a cluster is joined from one of its nodes; legal: auto, HOST:PORT")
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto", or for Ray to refuse
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"no Ray cluster answers at {address}: {error}; legal: auto, HOST:PORT") from error
 
 
 def _error(kind: str, message: str) -> OrchardistError:

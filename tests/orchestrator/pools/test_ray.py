@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +75,41 @@ def test_no_cluster_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(InputError, match="no Ray cluster at '127.0.0.1:1'") as caught:
-        RayPool(1, address="127.0.0.1:1")
+    with pytest.raises(InputError, match="no Ray cluster at 'auto'") as caught:
+        RayPool(1, address="auto")
     assert "\n" not in str(caught.value)
+
+
+def test_a_silent_address_is_refused_at_once() -> None:
+    from orchestrator.pools.ray import RayPool
+
+    with pytest.raises(InputError, match="no Ray cluster answers at 127.0.0.1:9: .*; legal: auto, HOST:PORT"):
+        RayPool(1, address="127.0.0.1:9")
+    with pytest.raises(InputError, match="joined from one of its nodes"):
+        RayPool(1, address="ray://127.0.0.1:10001")
+
+
+def test_a_cluster_is_joined_and_the_driver_needs_no_torch(tmp_path: Path) -> None:
+    """Two worker nodes beside a head without trials; the command runs in a process of its own."""
+    from ray.cluster_utils import Cluster
+
+    study = tmp_path / "study.toml"
+    study.write_text(
+        'name = "joined"\ntask = "digits"\ntrials = 2\nsampler = "random"\n'
+        "[train]\nepochs = 1\nretrain_epochs = 1\n[space]\nrate = [0.2, 0.5]\nrounds = 2\n"
+    )
+    script = (
+        "import sys; from orchestrator import cli; sys.argv[0] = 'orchardist'\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        words = ["run", str(study), "--address", cluster.address, "--store", str(tmp_path / "store")]
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=180)
+    finally:
+        cluster.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert "The knee of the front is" in done.stdout
