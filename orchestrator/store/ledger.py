@@ -321,7 +321,11 @@ class _Parquet:
         fields = [SCHEMAS[self.kind].field(name) for name in (COLUMNS[self.kind] if columns is None else columns)]
         names = [field.name for field in fields if field.name in self._present]
         try:
-            found = self._file.read(names) if group is None else self._file.read_row_group(group, names)
+            # In this thread: another could still hold the buffer, a Python object, while Python ends, and crash it.
+            if group is None:
+                found = self._file.read(names, use_threads=False)
+            else:
+                found = self._file.read_row_group(group, names, use_threads=False)
             arrays = [
                 found[field.name].cast(field.type)
                 if field.name in self._present
