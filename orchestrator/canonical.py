@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
@@ -18,6 +19,15 @@ def canonical(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [canonical(item) for item in value]
     return value
+
+
+def finite(value: Any) -> Any:
+    """Plain data with None for every number that JSON cannot say: NaN and the infinities."""
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_default(field: Any, value: Any) -> bool:

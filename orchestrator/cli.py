@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from orchestrator.canonical import finite
 from orchestrator.errors import InputError, OrchardistError, WorkersUnusable
 
 if TYPE_CHECKING:
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="orchardist",
     help="Prune many neural networks side by side, and take home the ones worth keeping.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""What the words of a command line are refused with."""
 
 
 class Format(StrEnum):
@@ -98,8 +102,13 @@ def run(
             print(standing.dense_failure or "every trial failed", file=sys.stderr)
             raise typer.Exit(1)
         return
+    if standing.ended < opened.spec.trials:
+        print(f"the {opened.spec.sampler} sampler has no more than {standing.ended} proposals", file=sys.stderr)
     found = opened.front()
     _print_table(_front_rows(found))
+    if not found.points:
+        bounds = ", ".join(f"{name} {bound}" for name, bound in opened.spec.constraints.items())
+        print(f"no point keeps the study's constraints ({bounds})", file=sys.stderr)
     if found.knee is not None:
         key = found.points[found.knee]["key"]
         where = "" if store == DEFAULT_STORE else f" --store {shlex.quote(store)}"
@@ -155,14 +164,22 @@ def fetch(
     store: StoreUrl = DEFAULT_STORE,
     where: Where = [],  # noqa: B006 typer wants a list
     minimise: Minimise = None,
-    format: Formatted = Format.table,
+    format: Annotated[
+        str,
+        typer.Option("--format", metavar="LIST", help="files to write: safetensors; json: the card on stdout"),
+    ] = "safetensors",
 ) -> None:
     """Write one model: weights, masks, and a card that says what it is."""
+    formats = format.split(",")
+    for name in formats:
+        if name not in ("safetensors", "table", "json"):
+            there = "is not written yet" if name in ("onnx", "pt2") else "is unknown"
+            raise InputError(f"--format {name} {there}; legal: safetensors, json")
     if key is not None and (where or minimise):
         raise InputError("a KEY names one model: legal without --where and --minimise")
     folder = _open(study, store).fetch(key, output, where=where, minimise=minimise)
     card = json.loads((folder / "card.json").read_text())
-    if format is Format.json:
+    if "json" in formats:
         _print_json(card)
         return
     print(f"{folder}: {', '.join(sorted(card['files']))}, card.json")
@@ -175,13 +192,13 @@ def fetch(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="criteria, scopes, structures, schedules, …")],
+    what: Annotated[str | None, typer.Argument(metavar="WHAT", help="criteria, scopes, structures, …")] = None,
     format: Formatted = Format.table,
 ) -> None:
-    """Every choice of a kind, with a line of what it is."""
-    from orchestrator.catalogue import catalogue
+    """Every choice of a kind, with a line of what it is; without WHAT, the kinds."""
+    from orchestrator.catalogue import KINDS, catalogue
 
-    _print_rows(catalogue(what), format)
+    _print_rows(catalogue(what) if what else [{"kind": kind} for kind in KINDS], format)
 
 
 @app.command()
@@ -211,7 +228,10 @@ def main() -> None:
     """The `orchardist` command. Wrong input ends with exit code 2, an interrupt with 130."""
     try:
         with _imports_uninterrupted():
-            app(standalone_mode=True)
+            sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        _end(f"{error.format_message()}\nsee {context.command_path if context else 'orchardist'} --help", 2)
     except (InputError, WorkersUnusable) as error:
         _end(str(error), 2)
     except OrchardistError as error:
@@ -250,10 +270,13 @@ def _imports_uninterrupted() -> Iterator[None]:
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, handle)
+    # Batch systems end a job with SIGTERM: it stops as cleanly as with Ctrl-C.
+    term = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGTERM, term)
 
 
 def _importing(frame: FrameType | None) -> bool:
@@ -301,17 +324,17 @@ def _front_rows(found: Front, *, whole: bool = False) -> list[dict[str, Any]]:
     rows = []
     for index, point in enumerate(found.points):
         params = ", ".join(_said(name, value) for name, value in point["params"].items() if name not in constant)
-        mark = " <- knee" if index == found.knee and len(found.points) > 1 else ""
+        knee = index == found.knee and len(found.points) > 1
         rows.append(
             {"key": point["key"][:length], "trial": point["trial"], "round": point["round"], "n": point["n"]}
             | {name: point[name] for name in shown if name in point}
-            | {"params": params + mark}
+            | (point["params"] | {"knee": knee} if whole else {"params": params + (" <- knee" if knee else "")})
         )
     if found.dense is not None:
         rows.append(
             {"key": found.dense["key"][:length], "trial": "dense", "round": 0, "n": found.dense["n"]}
             | {name: found.dense[name] for name in shown if name in found.dense}
-            | {"params": "the unpruned model"}
+            | ({} if whole else {"params": "the unpruned model"})
         )
     return rows
 
@@ -334,7 +357,7 @@ def _said(name: str, value: Any) -> str:
 
 
 def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, default=str))
+    print(json.dumps(finite(document), indent=2, default=str, allow_nan=False))
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], format: Format) -> None:
@@ -364,4 +387,6 @@ def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) and value >= 100_000 else str(value)

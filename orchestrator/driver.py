@@ -244,9 +244,11 @@ class Driver:
         self._trials[trial.number] = trial
         self.standing.running = sum(number != DENSE_TRIAL for number in self._trials)
         for seed, plan in zip(self.spec.seeds, trial.plans, strict=True):
-            for number, key in plan.points:
-                if key not in self._values:
-                    self._owners.setdefault(key, (trial.number, number, seed, trial.params))
+            rounds = {key: number for number, key in plan.points}
+            for node in plan.nodes:
+                if node.evaluated and node.key not in self._values:  # a trial's own dense model is its round 0
+                    owner = trial.number, rounds.get(node.key, 0), seed, trial.params
+                    self._owners.setdefault(node.key, owner)
             self._fail(self.graph.add(plan, self._facts), SHARED_FAILURE)
             for _, key in plan.points:
                 if self.graph.failed(key):
@@ -405,7 +407,8 @@ class Driver:
             },
         )
         self._ahead.tell(trial.number, values, constraints=constraints)
-        self.standing.note(self.setting.objectives, values)
+        for reached, _ in rounds.values():
+            self.standing.note(self.setting.objectives, reached)
         if self.spec.sampler in LEARNS:
             for number, (shorter, held) in rounds.items():
                 if number != last:

@@ -117,6 +117,11 @@ def _after(builder: _Builder, settings: Settings, prunes: Sequence[Prune]) -> li
 def _ancestor(builder: _Builder, settings: Settings) -> str | None:
     """The state that weights are rewound to; None where weights are not rewound."""
     if settings.choices.retrain == "reinit":
+        if not builder.info.init_varies:
+            raise PlanError(
+                "retrain 'reinit' needs new weights, but model() gives the same ones under every seed; "
+                "legal with it: a Task with fresh, the untrained builder"
+            )
         return builder.add(Init(seed=derive(builder.seed, "reinit"), fresh=builder.info.comes_trained), [])
     if settings.choices.retrain != "rewind":
         return None
@@ -310,15 +315,6 @@ def matches(pattern: str, label: str) -> bool:
     return fnmatchcase(label, pattern) or fnmatchcase("." + label, pattern)
 
 
-def refuse_empty_mix(settings: Settings, info: TaskInfo) -> None:
-    """Everything that `trial_plan` refuses for a task's layers, without making the plan.
-
-    Raises:
-        PlanError: patterns that no layer matches, or rounds that leave no weight.
-    """
-    refuse_empty(settings, _prune_ops(settings, 0, info), info)
-
-
 def refuse_empty(settings: Settings, prunes: Sequence[Prune], info: TaskInfo) -> None:
     """Refuse rounds that would leave no weight in a group that is ranked together.
 
@@ -336,7 +332,7 @@ def refuse_empty(settings: Settings, prunes: Sequence[Prune], info: TaskInfo) ->
             raise PlanError(f"round {number} of {len(prunes)}: {error}") from error
         for group, left in groups.items():
             if left <= 0:
-                where = group[0].removesuffix(".weight") if len(group) == 1 else "the network"
+                where = f"layer {group[0].removesuffix('.weight')!r}" if len(group) == 1 else "the network"
                 raise PlanError(
                     f"round {number} of {len(prunes)} leaves no weight in {where}: prune less, or fewer rounds"
                 )

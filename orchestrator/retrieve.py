@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import save
 from torch import nn
 
 from orchestrator import __version__
+from orchestrator.canonical import finite
 from orchestrator.errors import InputError, QueryError, TaskError
 from orchestrator.outcome import MEASURES
 from orchestrator.state import State, from_bytes, into_model, to_bytes
@@ -49,7 +51,9 @@ def fetch(
 
     Raises:
         QueryError: no such state, or nothing keeps the bounds.
+        InputError: `folder` cannot be written.
     """
+    _refuse_folder(folder)
     chosen = _row(study, key if key is not None else _choose(study, where, minimise))
     data = study.store.states.read(chosen["key"])
     if data is None:
@@ -61,9 +65,8 @@ def fetch(
         MASKS: save({name: mask.to(torch.uint8) for name, mask in state.masks.items()}),
         PACKED: to_bytes(state),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        _write(folder / name, content)
     card = _card(study, chosen, json.loads(header.get("lineage", "[]")), files)
     try:
         loaded = _load_task(card["task"], card, study.root)
@@ -72,7 +75,7 @@ def fetch(
         card["certificate"]["reloaded"] = _difference(loaded, state, _model(folder, loaded))
     except TaskError as error:
         card["says"] += f" The model was not rebuilt to compare: {error}."
-    (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    _write(folder / CARD, (json.dumps(finite(card), indent=2, allow_nan=False) + "\n").encode())
     return folder
 
 
@@ -122,6 +125,23 @@ def _read(path: Path) -> bytes:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 
 
+def _refuse_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, before anything is read for it."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise InputError(f"cannot write a model into {folder}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write a model into {folder}: {there} is not writable")
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
 def _difference(loaded: LoadedTask, state: State, model: nn.Module) -> float:
     """The greatest absolute difference between the outputs of the fetched model and of the stored state."""
     with isolated(0):
@@ -143,8 +163,10 @@ def _flat(outputs: Any) -> list[torch.Tensor]:
 def _choose(study: Study, where: Sequence[str], minimise: str | None) -> str:
     found = study.front(where, minimise)
     if not found.points or found.knee is None:
-        bounds = " that keeps the study's constraints" if study.spec.constraints else ""
-        raise QueryError(f"the study {study.spec.name!r} has no finished trial yet{bounds}")
+        if study.spec.constraints and study.status()["trials"]["done"]:
+            bounds = " and ".join(f"{measure} {bound}" for measure, bound in study.spec.constraints.items())
+            raise QueryError(f"no point of the study {study.spec.name!r} keeps its constraints: {bounds}")
+        raise QueryError(f"the study {study.spec.name!r} has no finished trial yet")
     key = found.points[0 if minimise else found.knee]["key"]
     assert isinstance(key, str)
     return key

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, ValidationInfo, field_validator
 
 from orchestrator.errors import InputError, PlanError, UnknownName
 from orchestrator.pruning import allocation, criteria, schedules
@@ -19,6 +19,13 @@ Phase = Literal["before", "during", "after"]
 Structure = Literal["weight"]
 ThresholdUnit = Literal["absolute", "std"]
 
+Number = Annotated[float, Strict()]
+"""An int or a float; neither true nor "0.5"."""
+Whole = Annotated[int, Strict()]
+"""An int; neither true nor 8.0."""
+Epochs = Annotated[Number, Field(ge=0, le=1e6)]
+Steps = Annotated[Whole, Field(ge=0, le=10**9)]
+
 
 class Section(BaseModel):
     """A table of the study file: frozen, and unknown keys are refused."""
@@ -29,28 +36,26 @@ class Section(BaseModel):
 class TrainSettings(Section):
     """`[train]`: how models are trained and retrained."""
 
-    epochs: float = Field(
-        default=10, ge=0, description="of dense training, and the horizon of the learning-rate schedule"
-    )
-    retrain_epochs: float = Field(default=4, ge=0, description="of retraining after each pruning (finetune, lr-rewind)")
+    epochs: Epochs = Field(default=10, description="of dense training, and the horizon of the learning-rate schedule")
+    retrain_epochs: Epochs = Field(default=4, description="of retraining after each pruning (finetune, lr-rewind)")
     optimizer: Optimizer = "adam"
-    lr: float = Field(default=1e-3, gt=0, description="the learning rate at its peak")
+    lr: Number = Field(default=1e-3, gt=0, description="the learning rate at its peak")
     lr_schedule: LrSchedule = "constant"
-    lr_final_fraction: float = Field(
+    lr_final_fraction: Number = Field(
         default=0.1,
         ge=0,
         le=1,
         description="linear and cosine schedules end at this fraction of lr; fine-tuning goes on at it",
     )
-    lr_step_epochs: tuple[float, ...] = Field(
+    lr_step_epochs: tuple[Number, ...] = Field(
         default=(), description="where `step` lowers lr; default: at 1/2 and 3/4 of epochs"
     )
-    lr_step_factor: float = Field(default=0.1, gt=0, le=1)
-    batch_size: int = Field(default=64, ge=1)
-    momentum: float = Field(default=0.0, ge=0, lt=1, description="of sgd")
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup_epochs: float = Field(default=0, ge=0, description="lr rises linearly over them")
-    evaluate_every: float = Field(default=0, ge=0, description="epochs between points of the learning curve; 0: none")
+    lr_step_factor: Number = Field(default=0.1, gt=0, le=1)
+    batch_size: Whole = Field(default=64, ge=1, le=10**9)
+    momentum: Number = Field(default=0.0, ge=0, lt=1, description="of sgd")
+    weight_decay: Number = Field(default=0.0, ge=0)
+    warmup_epochs: Epochs = Field(default=0, description="lr rises linearly over them")
+    evaluate_every: Epochs = Field(default=0, description="epochs between points of the learning curve; 0: none")
 
     def step_epochs(self) -> tuple[float, ...]:
         """Where the `step` schedule lowers the learning rate."""
@@ -61,7 +66,7 @@ class PruneSettings(Section):
     """`[prune]`: constants of pruning."""
 
     ignore: tuple[str, ...] = Field(default=(), description="patterns of layers that are never pruned")
-    layer_factors: dict[str, float] = Field(default={}, description="pattern -> factor on the rate (scope 'layer')")
+    layer_factors: dict[str, Number] = Field(default={}, description="pattern -> factor on the rate (scope 'layer')")
     threshold_any_criterion: bool = Field(
         default=False, description="allow a threshold on scores that are no magnitudes"
     )
@@ -84,22 +89,22 @@ class Choices(Section):
         default="uniform", description="how a final sparsity spreads over layers; see `list allocations`"
     )
     structure: Structure = Field(default="weight", description="what is removed as one")
-    rate: float | None = Field(default=None, gt=0, lt=1, description="fraction of what is left, pruned in each round")
-    sparsity: float | None = Field(
+    rate: Number | None = Field(default=None, gt=0, lt=1, description="fraction of what is left, pruned in each round")
+    sparsity: Number | None = Field(
         default=None, gt=0, lt=1, description="masked fraction of all prunable weights in the end"
     )
-    threshold: float | None = Field(default=None, gt=0, description="scores below it are pruned in each round")
+    threshold: Number | None = Field(default=None, gt=0, description="scores below it are pruned in each round")
     threshold_unit: ThresholdUnit = "absolute"
-    rounds: int = Field(default=1, ge=1, le=1000, description="prune-retrain rounds")
+    rounds: Whole = Field(default=1, ge=1, le=1000, description="prune-retrain rounds")
     schedule: str = Field(
         default="exponential", description="how a final sparsity spreads over rounds; see `list schedules`"
     )
     phase: Phase = "after"
-    prune_begin: float | None = Field(default=None, ge=0, description="phase 'during': epoch of the first pruning")
-    prune_end: float | None = Field(default=None, ge=0, description="phase 'during': epoch of the last pruning")
+    prune_begin: Epochs | None = Field(default=None, description="phase 'during': epoch of the first pruning")
+    prune_end: Epochs | None = Field(default=None, description="phase 'during': epoch of the last pruning")
     retrain: Retrain = "finetune"
-    rewind_epoch: float = Field(default=0, ge=0, description="where `rewind` goes back to; 0 is init")
-    rewind_step: int | None = Field(default=None, ge=0, description="the same in optimizer steps")
+    rewind_epoch: Epochs = Field(default=0, description="where `rewind` goes back to; 0 is init")
+    rewind_step: Steps | None = Field(default=None, description="the same in optimizer steps")
 
     @field_validator("criterion", "scope", "allocation", "schedule")
     @classmethod
@@ -209,11 +214,16 @@ def complaints(error: ValidationError) -> list[str]:
         message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
         if problem["type"] == "too_short":
             message = "must not be empty"
+        message = _PLAINER.get(problem["type"], message)
         given = problem.get("input")
         said = isinstance(given, str) and repr(given) in message
         shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) and not said else ""
         lines.append(f"{where}: {message[:1].lower()}{message[1:]}{shown}" if where else message)
     return lines
+
+
+_PLAINER = {"int_type": "must be a whole number", "float_type": "must be a number"}
+"""Words for what pydantic calls a valid integer and a valid number."""
 
 
 def _criterion_parameters(criterion: str, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from orchestrator.settings import (
     Section,
     Settings,
     TrainSettings,
+    Whole,
     check_value,
     complaints,
     resolve,
@@ -34,7 +35,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 MOST_MIXES = 1000
 """How many mixes of choices are tried out before a study starts; of larger spaces, as many drawn at random."""
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MOST_LEVELS = 64
+"""Tables and lists within each other, at most."""
+
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 
 
 class StudySpec(Section):
@@ -45,13 +49,13 @@ class StudySpec(Section):
 
     name: str = Field(description="names the study's folder in the store")
     task: str = Field(description="a built-in task, a path such as 'my_task.py', or 'package.module'")
-    trials: int = Field(default=20, ge=0, description="how many proposals to run; enqueued ones count")
+    trials: Whole = Field(default=20, ge=0, le=10**9, description="how many proposals to run; enqueued ones count")
     seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1, description="each proposal runs once under each")
     objectives: tuple[str, ...] = Field(
         default=("accuracy", "sparsity"), min_length=1, description="see `list objectives`"
     )
     sampler: str = Field(default="tpe", description="see `list samplers`")
-    sampler_seed: int = Field(default=0, ge=0, description="proposal n is drawn under (sampler_seed, n)")
+    sampler_seed: Seed = Field(default=0, description="proposal n is drawn under (sampler_seed, n)")
     task_params: dict[str, Any] = Field(default={}, description="arguments of the task function")
     train: TrainSettings = TrainSettings()
     prune: PruneSettings = PruneSettings()
@@ -90,6 +94,10 @@ class StudySpec(Section):
             raise SpecError(f"{path}: not valid TOML: {str(error).replace('at end of document', end)}") from error
         except InputError as error:
             raise SpecError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
+        except RecursionError as error:
+            raise SpecError(f"{path}: tables and lists lie too deep within each other") from error
+        except ValueError as error:  # Python reads no integer of thousands of digits
+            raise SpecError(f"{path}: a number is too long: {str(error).partition(';')[0]}") from error
 
     @field_validator("name")
     @classmethod
@@ -203,7 +211,7 @@ class StudySpec(Section):
 def read_text(path: str | Path) -> str:
     """The text of a study file; SpecError where there is none."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise SpecError(f"cannot read the study file {str(path)!r}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -220,7 +228,8 @@ def _values(parameter: Parameter) -> tuple[Any, ...]:
     """The values of a parameter; of a range its ends."""
     if isinstance(parameter, Range):
         last = parameter.high if parameter.count is None else parameter.at(parameter.count - 1)
-        return tuple(dict.fromkeys((parameter.low, last)))
+        first = parameter.low if parameter.integer else float(parameter.low)
+        return tuple(dict.fromkeys((first, last)))
     return parameter.values if isinstance(parameter, Choice) else (parameter.value,)
 
 
@@ -240,15 +249,17 @@ def _check_parameter(parameter: Parameter) -> None:
             raise ValueError(f"space.{error}" if named else f"space.{parameter.name}: {error}") from error
 
 
-def _plain(value: Any, place: str = "") -> Any:
+def _plain(value: Any, place: str = "", level: int = 0) -> Any:
     """A copy of plain data that TOML can hold and that a digest can be made of; ValueError for anything else."""
+    if level > MOST_LEVELS:
+        raise ValueError(f"tables and lists lie too deep within each other; legal: {MOST_LEVELS} levels")
     if isinstance(value, Mapping):
         for name in value:
             if not isinstance(name, str):
                 raise ValueError(f"{place or 'the table'} has a key that is no string: {name!r}")
-        return {name: _plain(item, f"{place}.{name}" if place else name) for name, item in value.items()}
+        return {name: _plain(item, f"{place}.{name}" if place else name, level + 1) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, place) for item in value]
+        return [_plain(item, place, level + 1) for item in value]
     if isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float) and math.isfinite(value):

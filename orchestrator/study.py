@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,19 +12,18 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import history
 from orchestrator.errors import InputError, QueryError, SpecError, UnknownName
 from orchestrator.front import Front, column_of, front, known_measures
-from orchestrator.objectives import OBJECTIVES, Objective, objectives
-from orchestrator.plan import refuse_empty_mix
+from orchestrator.objectives import NOT_MEASURED, OBJECTIVES, Objective, objectives
+from orchestrator.plan import trial_plan
 from orchestrator.progress import Progress, Standing
 from orchestrator.spec import StudySpec, mix_refused, read_text
-from orchestrator.store.lease import acquire, held, this_process
+from orchestrator.store.lease import Lease, acquire, held, this_process
 from orchestrator.store.store import Store
 from search.proposer import preload
 
 if TYPE_CHECKING:
+    from orchestrator.driver import Setting
     from orchestrator.pools.protocol import Job, Pool
     from orchestrator.tasks.info import TaskInfo
-
-_LOG = logging.getLogger("orchardist.study")
 
 DEFAULT_STORE = "./orchard"
 
@@ -91,6 +89,21 @@ class Study:
             InputError: something in the study, its task or the store is wrong.
         """
         self._refuse_early()
+        lease = acquire(self.store.files, self.spec.name, **this_process())
+        try:
+            return self._run(pool, workers, progress, accept_task_change, lease)
+        finally:
+            lease.release()
+
+    def _run(
+        self,
+        pool: Pool | Callable[[], Pool] | None,
+        workers: int | None,
+        progress: Progress | None,
+        accept_task_change: bool,
+        lease: Lease,
+    ) -> Standing:
+        self._refuse_another_study()  # another driver may have made it before the lease was ours
         # While Ray's processes come up there is nothing else to do but to import what the loop will need.
         importing = threading.Thread(target=_import_ahead, args=[self.spec.sampler], name="imports")
         importing.start()
@@ -108,21 +121,20 @@ class Study:
             with self._nonce() as nonce:
                 sources = self._bind_functions()
                 info = pool.prepare(self._job(sources, nonce))
-                self._refuse_other_task(info, accept_task_change)
+                code = {name: source.digest for name, source in sources.items()}
+                self._refuse_other_task(info, code, accept_task_change)
                 setting = Setting(
                     spec=self.spec,
                     info=info,
                     objectives=objectives(self.spec.objectives, info),
-                    code={name: source.digest for name, source in sources.items()},
+                    code=code,
                 )
                 self._check(setting)
-                lease = acquire(self.store.files, self.spec.name, **this_process())
-                try:
-                    self._write(info, setting.objectives)
-                    past = history.read(self.store, self.spec.name)
-                    return Driver(setting, self.store, pool, lease, past, progress).run()
-                finally:
-                    lease.release()
+                self._write(setting)
+                # What an older driver still writes from here on decides nothing any more.
+                self.store.ledger(self.spec.name, lease.epoch).compact()
+                past = history.read(self.store, self.spec.name)
+                return Driver(setting, self.store, pool, lease, past, progress).run()
         finally:
             if ours:
                 pool.close()
@@ -211,14 +223,23 @@ class Study:
                 "legal: another name, or change only trials and [[enqueue]]"
             )
 
-    def _refuse_other_task(self, info: TaskInfo, accept: bool) -> None:
-        noted = self._read_meta().get("task_digest")
-        if noted is not None and noted != info.digest and not accept:
-            raise SpecError(
-                f"the task {self.spec.task!r} is not what the study {self.spec.name!r} began with "
-                f"(digest {noted[:12]}, now {info.digest[:12]}): its code, data or parameters changed\n"
-                "legal: another study name, or --accept-task-change to mix results of both"
+    def _refuse_other_task(self, info: TaskInfo, code: Mapping[str, str], accept: bool) -> None:
+        """The study goes on with the code and data that it began with, unless the user accepts the mix."""
+        noted = self._read_meta()
+        begun = {f"the task {self.spec.task!r}": noted.get("task_digest")}
+        now = {f"the task {self.spec.task!r}": info.digest}
+        for name, digest in code.items():
+            begun[f"the function {name!r}"], now[f"the function {name!r}"] = (
+                noted.get("functions", {}).get(name),
+                digest,
             )
+        for what, before in begun.items():
+            if before is not None and before != now[what] and not accept:
+                raise SpecError(
+                    f"{what} is not what the study {self.spec.name!r} began with (digest {before[:12]}, now "
+                    f"{now[what][:12]}): its code, data or parameters changed\n"
+                    "legal: another study name, or --accept-task-change to mix results of both"
+                )
 
     def _bind_functions(self) -> Mapping[str, Any]:
         """Make the user's own functions known in this process; their sources by name."""
@@ -240,7 +261,7 @@ class Study:
         from orchestrator.tasks.source import collect
 
         return Job(
-            store_url=self.store.url,
+            store_url=self.store.files.absolute_url,
             study=self.spec.name,
             task=collect(self.spec.task, self.root),
             task_params=self.spec.task_params,
@@ -265,7 +286,7 @@ class Study:
                 if f"handshake/{name}".startswith(nonce):
                     files.delete(f"handshake/{name}")
 
-    def _check(self, setting: Any) -> None:
+    def _check(self, setting: Setting) -> None:
         """Refuse mixes of choices that do not go together, or not with this task."""
         metrics = dict(setting.info.metrics)
         for name in self.spec.constraints:
@@ -273,21 +294,22 @@ class Study:
                 raise UnknownName("measure in [constraints]", name, known_measures(metrics))
             if name in OBJECTIVES and name not in metrics:
                 objectives([name], setting.info)  # which refuses what this task does not measure
-            elif name == "unit_sparsity":
-                raise SpecError("constraint on 'unit_sparsity': legal here: 'sparsity'")
-        settings = self.spec.check_mixes(setting.code)
-        for params, mix in zip(self.spec.mixes(), settings, strict=True):
+            elif name in NOT_MEASURED:
+                raise SpecError(f"constraint on {name!r}: {NOT_MEASURED[name]}")
+        self.spec.check_mixes(setting.code)
+        for params in self.spec.mixes():
             try:
-                refuse_empty_mix(mix, setting.info)
+                trial_plan(self.spec.settings(params, setting.code), self.spec.seeds[0], setting.info)
             except InputError as error:
                 raise SpecError(mix_refused(params, error)) from error
 
-    def _write(self, info: TaskInfo, found: Sequence[Objective]) -> None:
+    def _write(self, setting: Setting) -> None:
         meta = {
             "digest": self.spec.digest(),
-            "task_digest": info.digest,
+            "task_digest": setting.info.digest,
+            "functions": dict(setting.code),
             "root": str(self.root),
-            "objectives": [{"name": o.name, "column": o.column, "direction": o.direction} for o in found],
+            "objectives": [{"name": o.name, "column": o.column, "direction": o.direction} for o in setting.objectives],
         }
         self._meta = meta
         self.store.write_study(self.spec.name, self._text or self.spec.to_toml(), meta)

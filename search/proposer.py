@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -43,7 +43,7 @@ SAMPLERS: Mapping[str, str] = {
 LEARNS: frozenset[str] = frozenset({"tpe", "nsga2", "nsga3", "gp"})
 
 MOST_SEEN = 2000
-"""How many finished trials a learning sampler sees after its memory was thinned out, at a fifth more than that."""
+"""How many finished trials a learning sampler sees at most; one more, and its memory is thinned out to four fifths."""
 
 # Where a proposal's notes keep what the sampler wrote about the study as a whole.
 _STUDY = "study"
@@ -118,8 +118,9 @@ def make(
 ) -> Proposer:
     """The proposer of the name, as it stood after `history` and `added`.
 
-    The enqueued points come first, in order, but for those whose index is in the history's notes; their missing
-    parameters are drawn, and a parameter that was left out takes the first value under which the given ones apply.
+    The enqueued points come first, in order, but for those that the history's notes say were run, each as often as it
+    was; their missing parameters are drawn, and a parameter that was left out takes the first value under which the
+    given ones apply.
 
     Raises:
         ValueError: the sampler or a direction is unknown.
@@ -145,12 +146,22 @@ class _Line:
 
     def __init__(self, space: Space, enqueued: Sequence[Mapping[str, Any]], history: Sequence[Told]) -> None:
         self.number = max((told.number for told in history), default=-1) + 1
-        spent = {told.attrs.get("enqueued") for told in history}
-        points = []
+        notes = [told.attrs["enqueued"] for told in history if "enqueued" in told.attrs]
+        spent = Counter(_key(note) for note in notes if isinstance(note, Mapping))
+        # Studies begun with an earlier version noted the index of the point.
+        indices = {note for note in notes if isinstance(note, int)}
+        self._waiting: deque[tuple[dict[str, Any], dict[str, Any]]] = deque()
         for index, table in enumerate(enqueued):
             place = f"enqueue[{index}]"
-            points.append((index, space.validate(space.imply(space.validate(flatten(table), place)), place)))
-        self._waiting = deque(point for point in points if point[0] not in spent)
+            point = space.validate(flatten(table), place)
+            given = space.validate(space.imply(point), place)
+            if index in indices:
+                continue
+            key = _key(point)
+            if spent[key]:
+                spent[key] -= 1
+            else:
+                self._waiting.append((point, given))
 
     @property
     def enqueued(self) -> bool:
@@ -163,8 +174,8 @@ class _Line:
         self.number += 1
         if not self._waiting:
             return number, {}, {}
-        index, given = self._waiting.popleft()
-        return number, {"enqueued": index}, given
+        point, given = self._waiting.popleft()
+        return number, {"enqueued": point}, given
 
     def check(self, number: int, state: State) -> None:
         """ValueError for a number that was not asked or a state that no trial ends in."""
@@ -302,11 +313,11 @@ class _Learner:
         )
         self._records[number] = told
         self._finished += not resumed
+        self._forget()
         if resumed:
             self._stale = True
         elif not self._stale:
             self._finish(told)
-        self._forget()
 
     def add(self, params: Mapping[str, Any], values: Sequence[float], constraints: Mapping[str, float] = {}) -> None:
         legal = self._space.validate(params, "an added trial")
@@ -319,7 +330,7 @@ class _Learner:
                 state="done",
             )
         )
-        key = json.dumps(legal, sort_keys=True, default=repr)
+        key = _key(legal)
         if told.state == "done" and key not in self._added:
             self._added[key] = told
             self._finished += 1
@@ -429,19 +440,23 @@ class _Learner:
             del self._parents[key]
 
     def _forget(self) -> None:
-        """Thin out what the sampler sees: the latest stay, then the best by feasibility, rank and crowding."""
-        if self._finished <= MOST_SEEN + MOST_SEEN // 5:
+        """Thin out what the sampler sees: the latest stay, then the best by feasibility, rank and crowding.
+
+        A fifth less than may be seen stays, so that it is rare, and the parents of the last generations besides.
+        """
+        if self._finished <= MOST_SEEN:
             return
+        kept = MOST_SEEN - MOST_SEEN // 5
         finished = [number for number, told in self._records.items() if told.state != "running"]
         parents = {number for numbers in self._parents.values() for number in numbers}
-        latest = set(sorted(finished)[-(MOST_SEEN // 2) :])
+        latest = set(sorted(finished)[-(kept // 2) :])
         rest: list[tuple[str | int, Told]] = [
             (number, self._records[number])
             for number in sorted(finished)
             if self._records[number].state == "done" and number not in latest
         ]
         rest += [(key, self._added[key]) for key in sorted(self._added)]
-        best = {key for key, _ in _best_first(rest, self._directions)[: MOST_SEEN - len(latest)]}
+        best = {key for key, _ in _best_first(rest, self._directions)[: kept - len(latest)]}
         for number in finished:
             if number not in latest and number not in best and number not in parents:
                 del self._records[number]
@@ -568,6 +583,11 @@ def _best_first(
     rank = ranks(values, directions)
     order = np.lexsort((-crowding(values, directions), rank, violation))
     return [trials[index] for index in order]
+
+
+def _key(params: Mapping[str, Any]) -> str:
+    """Equal for parameters that are equal, in whatever order and whether or not they have been through a ledger."""
+    return json.dumps(params, sort_keys=True, default=repr)
 
 
 def _hash32(seed: int, number: int) -> int:

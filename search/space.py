@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -69,8 +69,8 @@ class Range:
     def __post_init__(self) -> None:
         bounds = {"low": self.low, "high": self.high} | ({} if self.step is None else {"step": self.step})
         for key, value in bounds.items():
-            if not _numeric(value) or not math.isfinite(value):
-                _refuse(self.name, f"{key} must be a finite number, not {value!r}")
+            if not _finite(value):
+                _refuse(self.name, f"{key} must be a finite number, not {_shown(value)}")
         if not isinstance(self.log, bool):
             _refuse(self.name, f"log must be true or false, not {self.log!r}")
         if self.low > self.high:
@@ -152,14 +152,6 @@ class Space:
     def possible(self, name: str) -> tuple[Any, ...] | None:
         """Every value that `name` can take: None when it is continuous, () when there is no such parameter."""
         return _possible(self._by_name[name]) if name in self._by_name else ()
-
-    def lower(self, name: str) -> float | None:
-        """The smallest number that `name` can be; None when it is absent or never a number."""
-        return min(_extremes(self._by_name.get(name)), default=None)
-
-    def upper(self, name: str) -> float | None:
-        """The greatest number that `name` can be; None when it is absent or never a number."""
-        return max(_extremes(self._by_name.get(name)), default=None)
 
     def validate(self, params: Mapping[str, Any], place: str) -> dict[str, Any]:
         """`params` with stepped values moved exactly onto their grid; missing ones are fine. `place` is for messages.
@@ -376,14 +368,6 @@ def _possible(parameter: Parameter) -> tuple[Any, ...] | None:
     return None if parameter.count is None else tuple(parameter.at(index) for index in range(parameter.count))
 
 
-def _extremes(parameter: Parameter | None) -> list[float]:
-    """Numbers among which are the smallest and the greatest that the parameter can be."""
-    if isinstance(parameter, Range):
-        return [parameter.low, parameter.high if parameter.count is None else parameter.at(parameter.count - 1)]
-    values = () if parameter is None else _possible(parameter) or ()
-    return [value for value in values if _numeric(value)]
-
-
 def _legal(parameter: Parameter, value: Any, place: str) -> Any:
     """`value` as the parameter has it; SpaceError when it never does."""
     if not isinstance(parameter, Range):
@@ -391,8 +375,8 @@ def _legal(parameter: Parameter, value: Any, place: str) -> Any:
         for known in values:
             if _same(known, value):
                 return known
-        raise SpaceError(f"{place}: {parameter.name} = {value!r} is not legal; it is {_spell(values)}")
-    if _numeric(value) and math.isfinite(value):
+        raise SpaceError(f"{place}: {parameter.name} = {_shown(value)} is not legal; it is {_spell(values)}")
+    if _finite(value):
         if parameter.count is None or (parameter.step is None and not parameter.integer):
             if parameter.low <= value <= parameter.high:
                 return float(value)
@@ -404,7 +388,7 @@ def _legal(parameter: Parameter, value: Any, place: str) -> Any:
     kind = "an integer" if parameter.integer else "a number"
     grid = "" if parameter.step is None else f" in steps of {parameter.step!r}"
     between = f"{kind} from {parameter.low!r} to {parameter.high!r}{grid}"
-    raise SpaceError(f"{place}: {parameter.name} = {value!r} is not legal; it is {between}")
+    raise SpaceError(f"{place}: {parameter.name} = {_shown(value)} is not legal; it is {between}")
 
 
 def _spell(values: Sequence[Any]) -> str:
@@ -416,8 +400,16 @@ def _decimal(number: float) -> Decimal:
     return Decimal(repr(float(number))) if isinstance(number, float) else Decimal(int(number))
 
 
-def _numeric(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _finite(value: Any) -> bool:
+    """Whether `value` is a number that a float can hold, which integers may exceed."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _shown(value: Any) -> str:
+    """`value` for a message, without hundreds of digits."""
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return "an integer above 1.8e308" if value > 0 else "an integer below -1.8e308"
+    return repr(value)
 
 
 def _same(one: Any, other: Any) -> bool:

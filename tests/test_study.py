@@ -506,3 +506,32 @@ def _no_loose_threads() -> Iterator[None]:
 
 def test_plan_errors_are_input_errors() -> None:
     assert issubclass(PlanError, InputError)
+
+
+# --- Training that differs from trial to trial ----------------------------------------------------------------------
+
+
+def test_trials_with_dense_models_of_their_own(root: Path, memory: str) -> None:
+    """Each has a dense model under its own learning rate: round 0 of the trial. One of the rates diverges."""
+    pool = Counting()
+    space = {"lr": [0.05, 0.1, 1e30], "rate": [0.2, 0.5], "rounds": [1, 2], "criterion": "magnitude"}
+    study, standing = run(memory, root, pool, trials=12, sampler="grid", space=space)
+    assert (standing.done, standing.failed) == (8, 4)
+    keys = [report.key for report in pool.reported]
+    assert len(keys) == len(set(keys)), "a state was reported twice"
+    rows = study.store.table("small", "outcomes", ["key", "trial", "round", "sparsity"]).to_pylist()
+    own = [row for row in rows if row["trial"] >= 0 and row["round"] == 0]
+    assert own and all(row["sparsity"] == 0 for row in own)
+
+
+def test_a_changed_criterion_is_a_changed_study(root: Path, memory: str) -> None:
+    file = root / "halves.py"
+    text = "def halves(weight):\n    return weight.abs() / {}\n"
+    space = {"criterion": "halves.py:halves", "rate": 0.3, "rounds": 1}
+    file.write_text(text.format(2))
+    run(memory, root, trials=1, space=space)
+    file.write_text(text.format(4))
+    with pytest.raises(SpecError, match="the function 'halves.py:halves' is not what the study 'small' began with"):
+        run(memory, root, trials=1, space=space)
+    run_again = Study(small.spec(trials=1, space=space), memory, root=root)
+    assert run_again.run(LocalPool(), accept_task_change=True).done == 1

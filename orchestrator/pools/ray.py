@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import signal
 import socket
+import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -98,14 +102,23 @@ class RayPool:
             _refuse_silence(address)
         self._started = not ray.is_initialized()
         if self._started:
-            _start(ray, workers, address)
+            with _own_sigterm():
+                _start(ray, workers, address)
         self._ray = ray
+        gone = ray.exceptions
+        self._deaths = gone.RayActorError, gone.OutOfMemoryError, gone.NodeDiedError, gone.WorkerCrashedError
+        self._slots: list[_Slot] = []
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         gpus = resources.get("GPU", 0.0)
         self._gpus = float((1 if gpus else 0) if gpus_per_worker is None else gpus_per_worker)
         self.device = "cuda" if self._gpus else "cpu"
-        room = gpus / self._gpus if self._gpus else resources.get("CPU", 1)
-        self.workers = workers or max(1, int(room))
+        room = int(min(resources.get("CPU", 0), gpus / self._gpus if self._gpus else math.inf))
+        self.workers = workers or room
+        try:
+            _refuse_no_room(self.workers, room, self._gpus, resources)
+        except InputError:
+            self.close()
+            raise
         self._job: Job | None = None
         self._slots = [_Slot(number, self._actor(number)) for number in range(self.workers)]
         self._queue: deque[Segment] = deque()
@@ -166,7 +179,7 @@ class RayPool:
                 room = ", ".join(f"{free.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
                 _LOG.warning("waiting for %d workers to start; free in the cluster: %s", len(coming), room)
             answers = self._ray.get(coming)
-        except self._ray.exceptions.RayActorError as error:
+        except self._deaths as error:
             said = str(error).strip().partition("\n")[0]
             raise WorkersUnusable(f"a worker died before it was ready: {said}") from error
         for slot, (what, answer) in zip(slots, answers, strict=True):
@@ -209,7 +222,7 @@ class RayPool:
             slot.stream = None
             assert not slot.running, "a worker fell silent in the middle of a segment"
             return
-        except self._ray.exceptions.RayActorError as error:
+        except self._deaths as error:
             self._lost(slot, error)
             return
         for event in events:
@@ -252,6 +265,17 @@ def _hasten(ray: Any) -> None:
         info.process.kill()
 
 
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray takes over SIGTERM in the block; afterwards it means again what the caller had it mean."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
 def _start(ray: Any, workers: int | None, address: str | None) -> None:
     """Start Ray inside this process, or join a cluster."""
     # A uv environment would be shipped to the workers, which run in this very environment.
@@ -266,6 +290,18 @@ def _start(ray: Any, workers: int | None, address: str | None) -> None:
     # The first connection to a raylet that is still coming up is otherwise given up for a whole second.
     os.environ.setdefault("RAY_raylet_client_connect_timeout_milliseconds", "50")
     ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
+
+
+def _refuse_no_room(workers: int, room: int, gpus_per_worker: float, resources: Mapping[str, float]) -> None:
+    """Ray lets actors without room wait for ever, in case that nodes join."""
+    if gpus_per_worker > 1 and not gpus_per_worker.is_integer():
+        raise InputError(f"--gpus-per-worker {gpus_per_worker:g}: legal: a fraction of one GPU, or a whole number")
+    if not 0 < workers <= room:
+        there = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
+        wanted = (
+            f"{max(1, workers)} workers with {gpus_per_worker:g} GPUs each" if gpus_per_worker else f"{workers} workers"
+        )
+        raise InputError(f"no room for {wanted}: there are {there}; legal: up to {room} workers")
 
 
 def _refuse_silence(address: str) -> None:

@@ -56,6 +56,11 @@ class Files:
             else:
                 self._backend = _Objects(self.url)
 
+    @property
+    def absolute_url(self) -> str:
+        """The URL for another process, whose working directory may be another one."""
+        return self._backend.root if isinstance(self._backend, _Folder) else self.url
+
     def read(self, path: str) -> bytes:
         """The whole file. Raises `FileNotFoundError` when it is absent."""
         with self._explained("read", path):

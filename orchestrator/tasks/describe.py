@@ -39,7 +39,8 @@ def describe(loaded: LoadedTask) -> TaskInfo:
             batches = loaded.train.count() if isinstance(loaded.train, Batches) else None
             if batches == 0:
                 raise TaskError("train has no batches in epoch 0")
-            digest = _digest(loaded, model)
+            given = _given_weights(loaded)
+            digest = _digest(loaded, given)
         except InputError as error:
             if str(error).startswith("task "):
                 raise
@@ -52,6 +53,7 @@ def describe(loaded: LoadedTask) -> TaskInfo:
         metrics=tuple((metric, given.direction) for metric, given in loaded.metrics.items()),
         classes=loaded.classes,
         comes_trained=task.fresh is not None,
+        init_varies=task.fresh is not None or not all(layer.name in given for layer in layers),
     )
 
 
@@ -173,7 +175,7 @@ def _first_rows(split: Split | Batches, count: int) -> tuple[Nested, Nested]:
     return transform(lambda tensor: tensor[:count], inputs), transform(lambda tensor: tensor[:count], targets)
 
 
-def _digest(loaded: LoadedTask, model: nn.Module) -> str:
+def _digest(loaded: LoadedTask, given: dict[str, Tensor]) -> str:
     from orchestrator.tasks.load import canonical
 
     digest = sha256()
@@ -190,11 +192,11 @@ def _digest(loaded: LoadedTask, model: nn.Module) -> str:
             hash_tensors(digest, f"{name} inputs", split.inputs)
             hash_tensors(digest, f"{name} targets", split.targets)
     hash_tensors(digest, "example", loaded.task.example)
-    hash_tensors(digest, "weights", _given_weights(loaded, model))
+    hash_tensors(digest, "weights", given)
     return digest.hexdigest()
 
 
-def _given_weights(loaded: LoadedTask, model: nn.Module) -> dict[str, Tensor]:
+def _given_weights(loaded: LoadedTask) -> dict[str, Tensor]:
     """The weights that a model brings from a file, which no digest of source or data covers.
 
     They are those that do not depend on the init seed: a new head on a trained body is drawn anew and left out. A task

@@ -38,6 +38,8 @@ class TaskInfo:
     """Names and directions; the first is the main one."""
     classes: tuple[str, ...] | None = None
     comes_trained: bool = False
+    init_varies: bool = True
+    """Whether untrained weights differ from seed to seed."""
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Optimizer steps in one epoch; the last, smaller batch is used too."""

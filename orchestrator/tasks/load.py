@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import random
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -24,6 +23,7 @@ from orchestrator.tasks.data import Batches, Split, normalise
 from orchestrator.tasks.info import TaskInfo
 from orchestrator.tasks.metrics import resolve
 from orchestrator.tasks.source import Source, install
+from orchestrator.tasks.source import blamed as blamed
 from orchestrator.tasks.task import Metric, Task
 
 BUILD_SEED = 0
@@ -97,10 +97,11 @@ def load(source: Source, params: Mapping[str, Any], root: Path | None = None) ->
                 task = function(**params)
             if not isinstance(task, Task):
                 raise TaskError(f"task {source.name!r}: task() returned {_kind(task)}, not an orchestrator.tasks.Task")
-            try:
-                _loaded[key] = LoadedTask(task, source, arguments)
-            except InputError as error:
-                raise TaskError(f"task {source.name!r}: {error}") from error
+            with blamed(f"task {source.name!r} failed", source):
+                try:
+                    _loaded[key] = LoadedTask(task, source, arguments)
+                except InputError as error:
+                    raise TaskError(f"task {source.name!r}: {error}") from error
     return _loaded[key]
 
 
@@ -130,29 +131,6 @@ def isolated(seed: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-@contextmanager
-def blamed(what: str, source: Source) -> Iterator[None]:
-    """Turns what the user's code raises into one line: what failed, where in the user's files, and with which words."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:
-        where = _place(error, source)
-        said = str(error).strip().partition("\n")[0]
-        raise TaskError(f"{what}{where}: {type(error).__name__}{': ' if said else ''}{said}") from error
-
-
-def _place(error: BaseException, source: Source) -> str:
-    """` in my_task.py:12`: the innermost line of the user's own files, if the error passed through one."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename).as_posix()
-        for relative in source.files:
-            if path.endswith("/" + relative):
-                return f" in {relative}:{frame.lineno}"
-    return ""
 
 
 def _function(module: ModuleType, source: Source) -> Callable[..., Any]:

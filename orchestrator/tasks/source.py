@@ -14,7 +14,9 @@ import importlib
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
@@ -24,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
-from orchestrator.errors import TaskError
+from orchestrator.errors import InputError, TaskError
 from orchestrator.tasks import BUILTIN
 
 HOUSE = Path(__file__).resolve().parents[2]
@@ -99,13 +101,37 @@ def install_function(source: Source, root: Path | None = None) -> Callable[..., 
     """The function of a source from `function_source`.
 
     Raises:
-        TaskError: the module has no such function; what the module itself raises is raised as it is.
+        TaskError: the module has no such function, or it raised while it was being imported.
     """
     module, _, function = source.name.rpartition(":")
-    found = getattr(install(source, root), function, None)
+    with blamed(f"function {source.name!r} failed", source):
+        found = getattr(install(source, root), function, None)
     if not callable(found):
         raise TaskError(f"function {source.name!r}: {module!r} has no function {function!r}")
     return found  # type: ignore[no-any-return]
+
+
+@contextmanager
+def blamed(what: str, source: Source) -> Iterator[None]:
+    """Turns what the user's code raises into one line: what failed, where in the user's files, and with which words."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        where = _place(error, source)
+        said = str(error).strip().partition("\n")[0]
+        raise TaskError(f"{what}{where}: {type(error).__name__}{': ' if said else ''}{said}") from error
+
+
+def _place(error: BaseException, source: Source) -> str:
+    """` in my_task.py:12`: the innermost line of the user's own files, if the error passed through one."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename).as_posix()
+        for relative in source.files:
+            if path.endswith("/" + relative):
+                return f" in {relative}:{frame.lineno}"
+    return ""
 
 
 def _builtin(name: str) -> Source:

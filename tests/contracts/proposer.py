@@ -123,14 +123,44 @@ def an_added_trial_takes_no_number(factory: Factory) -> None:
 def enqueued_points_come_first_and_once(factory: Factory) -> None:
     proposer = factory(enqueued=ENQUEUED)
     first = asked(proposer)
-    assert first.attrs["enqueued"] == 0
+    assert first.attrs["enqueued"] == ENQUEUED[0]
     assert (first.params["criterion"], first.params["rate"]) == ("taylor", 0.15)
     again = factory(enqueued=[*ENQUEUED, {"rate": 0.2}], history=[told(first, "running")])
     second, third, fourth = asked(again), asked(again), asked(again)
-    assert (second.number, second.attrs["enqueued"], second.params["rewind_epoch"]) == (1, 1, 1)
+    assert (second.number, second.attrs["enqueued"]) == (1, ENQUEUED[1])
+    assert second.params["rewind_epoch"] == 1
     assert second.params["retrain"] == "rewind", "a value brings the condition under which it applies"
-    assert (third.attrs["enqueued"], third.params["rate"]) == (2, 0.2)
+    assert (third.attrs["enqueued"], third.params["rate"]) == ({"rate": 0.2}, 0.2)
     assert "enqueued" not in fourth.attrs
+
+
+def enqueued_points_are_known_by_what_they_say(factory: Factory) -> None:
+    def run(enqueued: Sequence[Mapping[str, Any]], history: Sequence[Told] = ()) -> list[Told]:
+        """The enqueued points as they are run, one after the other."""
+        proposer, records = factory(enqueued=enqueued, history=history), []
+        while "enqueued" in (proposal := asked(proposer)).attrs:
+            proposer.tell(proposal.number, result(proposal))
+            records.append(told(proposal))
+        return records
+
+    def rates(records: Sequence[Told]) -> list[float]:
+        return [record.params["rate"] for record in records]
+
+    low, middle, high = ({"rate": rate} for rate in (0.1, 0.15, 0.2))
+    ran = run([low, middle])
+    assert rates(ran) == [0.1, 0.15]
+    assert rates(run([high, low, middle], ran)) == [0.2], "prepended"
+    assert rates(run([middle, low], ran)) == [], "in another order"
+    others = [{"rate": 0.2}, {"criterion": "taylor", "rate": 0.1}]
+    assert rates(run(others, ran)) == [0.2, 0.1], "replaced"
+    assert rates(run([low, middle, low], ran)) == [0.1], "once more"
+    twice = run([low, low, middle])
+    assert rates(twice) == [0.1, 0.1, 0.15]
+    assert [rates(run([low, low, middle], twice[:cut])) for cut in (1, 2, 3)] == [[0.1, 0.15], [0.15], []]
+    other = {"rate": 0.1 + 0.05, "criterion": "magnitude"}
+    assert run([{"criterion": "magnitude", "rate": 0.15}], run([other])) == [], "spelled otherwise"
+    by_index = [Told(number=0, params=ran[0].params, attrs={"enqueued": 0}, values=ran[0].values, state="done")]
+    assert rates(run([low, low, middle], by_index)) == [0.1, 0.15], "as an earlier version noted it"
 
 
 def a_rebuild_at_any_point_goes_on_the_same(factory: Factory) -> None:
@@ -171,6 +201,7 @@ PROPOSER_CHECKS: tuple[Callable[[Factory], None], ...] = (
     a_trial_that_was_never_asked_cannot_end,
     an_added_trial_takes_no_number,
     enqueued_points_come_first_and_once,
+    enqueued_points_are_known_by_what_they_say,
     a_rebuild_at_any_point_goes_on_the_same,
     a_rebuild_knows_running_stopped_and_failed_trials,
 )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.canonical import canonical, digest
+from orchestrator.canonical import canonical, digest, finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,3 +73,12 @@ def test_digests_are_equal_when_the_data_are(one: Any, other: Any) -> None:
 def test_what_is_no_plain_data_has_no_digest(value: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         digest({"x": value})
+
+
+def test_what_json_cannot_say_is_none() -> None:
+    inf = float("inf")
+    assert finite({"a": [1, inf, (-inf, "x")], "b": {"c": float("nan"), "d": 1.5}, "e": True}) == {
+        "a": [1, None, [None, "x"]],
+        "b": {"c": None, "d": 1.5},
+        "e": True,
+    }

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -154,6 +156,43 @@ def test_keys_that_name_no_state_or_several(study: Study, tmp_path: Path) -> Non
         with pytest.raises(QueryError, match="no state"):
             study.fetch(key, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_cannot_be_written(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(study.store.states, "read", lambda key: pytest.fail("something was read"))
+        for folder, bad in ((Path("file"), "file"), (tmp_path / "file" / "a" / "b", "file"), (Path("link"), "link")):
+            with pytest.raises(InputError, match=f"cannot write a model into .*{bad} is no folder"):
+                study.fetch(None, folder)
+        patch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+        with pytest.raises(InputError, match=f"cannot write a model into a/b: {tmp_path} is not writable"):
+            study.fetch(None, "a/b")
+    (tmp_path / "out" / "card.json").mkdir(parents=True)
+    with pytest.raises(InputError, match="cannot write .*card.json: Is a directory"):
+        study.fetch(None, tmp_path / "out")
+
+
+def test_a_card_is_json_whatever_was_measured(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = study.front().points[0]
+    rows = study.table().to_pylist()
+    for row in rows:
+        row |= {"loss": float("nan"), "compression_ratio": float("inf")}
+    monkeypatch.setattr(study, "table", lambda: pa.Table.from_pylist(rows))
+    text = (study.fetch(point["key"], tmp_path / "out") / "card.json").read_text()
+    measures = json.loads(text, parse_constant=lambda name: pytest.fail(name))["measures"]
+    assert measures["loss"] is None and measures["compression_ratio"] is None
+    assert measures["accuracy"] == point["accuracy"]
+
+
+def test_no_point_that_keeps_the_constraints(root: Path, tmp_path: Path) -> None:
+    spec = small.spec(trials=1, constraints={"accuracy": "> 2", "loss": "< 9"})
+    study = Study(spec, tmp_path / "store", root=root)
+    assert study.run(LocalPool()).done == 1
+    with pytest.raises(QueryError, match="^no point of the study 'small' keeps its constraints: accuracy > 2 and loss"):
+        study.fetch(None, tmp_path / "out")
 
 
 def test_a_state_that_was_deleted(root: Path, tmp_path: Path) -> None:

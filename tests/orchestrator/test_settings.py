@@ -62,6 +62,16 @@ def test_during_is_the_middle_half_unless_said(epochs: float) -> None:
         ({}, {}, {"rate": 0.0}, "rate: must be greater than 0 (got 0.0)"),
         ({}, {}, {"sparsity": 1.5}, "sparsity: must be less than 1 (got 1.5)"),
         ({}, {}, {"rounds": 0}, "rounds: must be greater than or equal to 1 (got 0)"),
+        ({}, {}, {"rounds": 2.0}, "rounds: must be a whole number (got 2.0)"),
+        ({}, {}, {"rate": "0.5"}, "rate: must be a number (got '0.5')"),
+        *[
+            ({}, {}, {name: 1e308}, f"{name}: must be less than or equal to 1000000 (got 1e+308)")
+            for name in ("epochs", "retrain_epochs", "warmup_epochs", "rewind_epoch", "prune_begin", "prune_end")
+        ],
+        *[
+            ({}, {}, {name: 10**10}, f"{name}: must be less than or equal to 1000000000 (got 10000000000)")
+            for name in ("batch_size", "rewind_step")
+        ],
         ({}, {}, {"lr": -1}, "lr: must be greater than 0 (got -1)"),
         ({}, {}, {"evaluate_every": 1}, "evaluate_every: extra inputs are not permitted"),
         ({}, {}, {"criterion": "magnitud"}, "unknown criterion 'magnitud'; did you mean 'magnitude'? Known: "),
@@ -124,6 +134,12 @@ def test_refused_with_the_reason(
 def test_a_threshold_on_other_scores_can_be_allowed() -> None:
     found = chosen(prune={"threshold_any_criterion": True}, threshold=0.1, criterion="taylor")
     assert found.choices.threshold == 0.1
+
+
+def test_whole_numbers_and_lists_are_numbers_too() -> None:
+    found = chosen({"lr": 1, "lr_step_epochs": [1, 2.5]}, {"layer_factors": {"out": 1}}, momentum=0)
+    assert (found.train.lr, found.train.lr_step_epochs, found.layer_factors) == (1.0, (1.0, 2.5), {"out": 1.0})
+    assert isinstance(found.train.lr, float) and isinstance(found.train.momentum, float)
 
 
 @pytest.mark.parametrize("section", [TrainSettings, PruneSettings, Choices])

@@ -181,9 +181,15 @@ def test_a_missing_file_and_one_that_is_no_text(tmp_path: Path) -> None:
         StudySpec.load(tmp_path / "binary.toml")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(SMALL, encoding="utf-8-sig")
+    assert StudySpec.load(tmp_path / "study.toml") == spec()
+
+
 # Wrong input: one or two lines that name the place and what would be legal.
 
 RATE = "[space]\nrate = 0.2\n"
+NO_WHOLE = [("true", "True"), ('"4"', "'4'"), ("4.0", "4.0")]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +207,27 @@ RATE = "[space]\nrate = 0.2\n"
         ("seeds = [-1]", "seeds.0: must be greater than or equal to 0 (got -1)"),
         ("seeds = [1, 1]", "seeds: must not repeat a value"),
         ('objectives = ["loss", "loss"]', "objectives: must not repeat a value"),
+        *[(f"trials = {value}", f"trials: must be a whole number (got {shown})") for value, shown in NO_WHOLE],
+        ("seeds = [0, true]", "seeds.1: must be a whole number (got True)"),
+        ('[train]\nlr = "0.1"', "train.lr: must be a number (got '0.1')"),
+        ("[train]\nlr = true", "train.lr: must be a number (got True)"),
+        ('[train]\nlr_step_epochs = [1, "2"]', "train.lr_step_epochs.1: must be a number (got '2')"),
+        ("[prune]\nlayer_factors = { out = true }", "prune.layer_factors.out: must be a number (got True)"),
+        ("[train]\nepochs = 1e308", "train.epochs: must be less than or equal to 1000000 (got 1e+308)"),
+        ("[train]\nbatch_size = 10_000_000_000", "train.batch_size: must be less than or equal to 1000000000 (got "),
+        ('[space]\nrate = "0.5"', "space.rate: must be a number (got '0.5')"),
+        ("[space]\nrate = [0.5, true]", "space.rate: must be a number (got True)"),
+        (RATE + "rounds = [true, 2]", "space.rounds: must be a whole number (got True)"),
+        (RATE + "rounds = { low = 1, high = 3, step = 0.5 }", "space.rounds: must be a whole number (got 1.0)"),
+        (RATE + "rounds = { low = 1, high = 1.0 }", "space.rounds: must be a whole number (got 1.0)"),
+        (RATE + "batch_size = { low = 8.0, high = 32.0 }", "space.batch_size: must be a whole number (got 8.0)"),
+        (RATE + "batch_size = [8, 16.0]", "space.batch_size: must be a whole number (got 16.0)"),
+        (f"trials = {'9' * 5000}", "a number is too long: Exceeds the limit (4300 digits)"),
+        (f"[task_params]\nx = {'[' * 3000}{']' * 3000}", "tables and lists lie too deep within each other"),
+        (
+            f"[task_params]\n{'x.' * 3000}x = 1",
+            "task_params: tables and lists lie too deep within each other; legal: 64",
+        ),
         ("trials = -1", "trials: must be greater than or equal to 0 (got -1)"),
         ("[train]\nlr = 0", "train.lr: must be greater than 0 (got 0)"),
         ("[train]\nlr = nan", "train.lr: must be a finite number (got nan)"),

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,25 @@ def test_a_wrong_enqueued_point_is_refused_with_its_place(sampler: str) -> None:
         factory(sampler)(enqueued=[{"rate": 0.1}, {"rate": 0.17}])
     with pytest.raises(SpaceError, match=r"enqueue\[0\]: rewind_epoch = 1 does not apply"):
         factory(sampler)(enqueued=[{"retrain": "finetune", "rewind_epoch": 1}])
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_study_whose_enqueued_points_are_edited_runs_only_the_new_ones(sampler: str) -> None:
+    build = partial(make, sampler, CONTINUOUS, ("maximise", "minimise"), seed=5)
+    ran = run(build(enqueued=[{"x": 0.11}, {"x": 0.12}]), 2)
+
+    def begun(enqueued: Sequence[float], history: Sequence[Told]) -> list[float]:
+        proposer = build(enqueued=[{"x": x} for x in enqueued], history=history)
+        proposals = [asked(proposer) for _ in range(4)]
+        return [proposal.params["x"] for proposal in proposals if "enqueued" in proposal.attrs]
+
+    assert begun([0.33, 0.11, 0.12], ran) == [0.33]
+    assert begun([0.33, 0.44], ran) == [0.33, 0.44]
+    assert begun([0.11, 0.11, 0.12], ran) == [0.11]
+    assert begun([0.33, 0.11, 0.12], ran[1:]) == [0.33, 0.11]
+    uncut = run(build(enqueued=[{"x": 0.11}, {"x": 0.11}, {"x": 0.12}]), 5)
+    for cut in range(1, 5):
+        assert run(build(enqueued=[{"x": 0.11}, {"x": 0.11}, {"x": 0.12}], history=uncut[:cut]), 5 - cut) == uncut[cut:]
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
@@ -285,16 +305,31 @@ def test_the_sampler_sees_the_latest_and_the_best(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(proposer_module, "MOST_SEEN", 20)
     space = parse({"x": {"low": 0, "high": 1000}})
     proposer = make("nsga2", space, ("maximise", "minimise"), seed=5)
-    for number in range(25):
+    for number in range(21):
         asked(proposer)
+        assert len(proposer._records) == number + 1  # type: ignore[attr-defined]
         # Three trials are better than all that follow; all others are equally poor.
         best = number in (2, 3, 5)
         proposer.tell(number, (1.0, 0.0) if best else (0.0, 1.0))
     kept = sorted(proposer._records)  # type: ignore[attr-defined]
-    assert len(kept) == 20
+    assert len(kept) == 16, "one too many, and a fifth is forgotten"
     assert {2, 3, 5} <= set(kept)
-    assert kept[-10:] == list(range(15, 25))
-    assert asked(proposer).number == 25
+    assert kept[-8:] == list(range(13, 21))
+    assert asked(proposer).number == 21
+
+
+def test_the_sampler_never_sees_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proposer_module, "MOST_SEEN", 20)
+    build = partial(make, "tpe", CONTINUOUS, ("maximise", "minimise"), seed=5)
+    proposer = build()
+    seen = []
+    for number in range(60):
+        params = asked(proposer).params
+        seen.append(sum(trial.state.is_finished() for trial in proposer._study.get_trials()))  # type: ignore[attr-defined]
+        proposer.tell(number, outcome(params))
+    assert seen[:21] == list(range(21))
+    assert (seen[21], max(seen), min(seen[21:])) == (16, 20, 16)
+    assert sum(later < earlier for earlier, later in pairwise(seen)) == 8, "thinned rarely"
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
@@ -312,8 +347,8 @@ def test_memory_stays_bounded_over_many_trials(sampler: str, monkeypatch: pytest
     if sampler in LEARNS:
         held = len(proposer._records) + len(proposer._added)  # type: ignore[attr-defined]
         # Parents of the last generations stay besides.
-        assert held <= 24 + 3 * 50
-        assert proposer._finished <= 24 + 3 * 50  # type: ignore[attr-defined]
+        assert held <= 20 + 3 * 50
+        assert proposer._finished <= 20 + 3 * 50  # type: ignore[attr-defined]
     assert asked(make(sampler, CONTINUOUS, ("maximise", "minimise"), seed=5, history=records)).number == 150
 
 

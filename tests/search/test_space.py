@@ -54,10 +54,7 @@ def test_what_a_parameter_can_be(space: Space) -> None:
     assert space.possible("scope") == ("layer",)
     assert space.possible("lr") is None
     assert space.possible("absent") == ()
-    assert (space.lower("rate"), space.upper("rate")) == (0.1, 0.5)
-    assert (space.lower("rewind_epoch"), space.upper("rewind_epoch")) == (0, 2)
-    assert (space.upper("lr"), space.upper("criterion"), space.upper("absent")) == (0.1, None, None)
-    assert parse({"a": {"low": 0.0, "high": 1.0, "step": 0.3}}).upper("a") == 0.9
+    assert parse({"a": {"low": 0.0, "high": 1.0, "step": 0.3}}).possible("a") == (0.0, 0.3, 0.6, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +69,13 @@ def test_what_a_parameter_can_be(space: Space) -> None:
         ({"a": {"low": "1", "high": 8}}, "low must be a finite number, not '1'"),
         ({"a": {"low": True, "high": 8}}, "low must be a finite number, not True"),
         ({"a": {"low": 1.0, "high": float("inf")}}, "high must be a finite number, not inf"),
+        ({"a": {"low": 1, "high": 10**400}}, r"space\.a: high must be a finite number, not an integer above 1\.8e308$"),
+        ({"a": {"low": -(10**5000), "high": 1.0}}, r"low must be a finite number, not an integer below -1\.8e308$"),
+        ({"a": {"low": 1, "high": 8, "step": 10**400}}, "step must be a finite number, not an integer above"),
+        (
+            {"a": {"choices": [1], "when": {"b": [10**400]}}, "b": {"low": 1, "high": 5}},
+            "b = an integer above .* is not",
+        ),
         ({"a": {"low": 1, "hihg": 8}}, "unknown key 'hihg'. Known: high, log, low, step, when"),
         ({"a": {"choices": [1], "low": 2}}, "unknown key 'low'. Known: choices, when"),
         ({"a": {"choices": []}}, "has no choices"),
@@ -106,6 +110,13 @@ def test_a_wrong_table_is_refused_with_its_place(table: dict[str, Any], message:
         ({"rounds": 1.5}, "rounds = 1.5 is not legal; it is an integer from 1 to 5"),
         ({"rounds": True}, "rounds = True is not legal"),
         ({"lr": float("nan")}, "lr = nan is not legal"),
+        (
+            {"rounds": 10**400},
+            r"enqueue\[0\]: rounds = an integer above 1\.8e308 is not legal; it is an integer from 1",
+        ),
+        ({"rate": -(10**400)}, r"rate = an integer below -1\.8e308 is not legal; it is a number from 0\.1"),
+        ({"lr": 10**5000}, r"lr = an integer above 1\.8e308 is not legal"),
+        ({"rewind_epoch": 10**5000}, r"rewind_epoch = an integer above 1\.8e308 is not legal; it is 0, 1 or 2"),
         ({"criterion": "best"}, "criterion = 'best' is not legal; it is 'magnitude', 'taylor' or 'random'"),
         ({"scope": "row"}, "scope = 'row' is not legal; it is 'layer'"),
         (

@@ -125,6 +125,17 @@ def test_fresh_is_the_model_itself_where_it_does_not_come_trained(tmp_path: Path
         ),
         ("raise SystemExit\n", {}, "task 'my_task.py' failed in my_task.py:6: SystemExit"),
         (
+            "class Own(BaseException):\n    pass\n\ndef task():\n    raise Own('no more\\nat all')\n",
+            {},
+            "task 'my_task.py' failed in my_task.py:10: Own: no more",
+        ),
+        (
+            "class Rows(torch.utils.data.Dataset):\n    def __len__(self):\n        return {}['x']\n"
+            + GOOD.replace("(X * scale, Y)", "Rows()"),
+            {},
+            "task 'my_task.py' failed in my_task.py:8: KeyError: 'x'",
+        ),
+        (
             GOOD,
             {"hiden": 3},
             "task 'my_task.py' has no parameter 'hiden', did you mean 'hidden'? its parameters are: hidden, scale",
@@ -167,6 +178,11 @@ def test_mistakes_in_one_line(tmp_path: Path, text: str, params: dict[str, Any],
         loaded(tmp_path, text, **params)
     assert str(caught.value).startswith(said)
     assert "\n" not in str(caught.value)
+
+
+def test_an_interrupt_is_no_mistake_of_the_task(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        loaded(tmp_path, "raise KeyboardInterrupt\n")
 
 
 @pytest.mark.parametrize(

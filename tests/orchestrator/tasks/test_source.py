@@ -208,6 +208,22 @@ def test_functions(tmp_path: Path) -> None:
         function_source("mine", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\nraise ValueError('first\\nsecond')\n", "mine.py:2: ValueError: first"),
+        ("import nowhere_at_all\n", "mine.py:1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("import sys\nsys.exit(3)\n", "mine.py:2: SystemExit: 3"),
+        ("import helper\n", "helper.py:1: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_functions_whose_module_cannot_be_imported(tmp_path: Path, text: str, said: str) -> None:
+    write(tmp_path, {"mine.py": text, "helper.py": "V = 1 / 0\n"})
+    with pytest.raises(TaskError) as caught:
+        install_function(function_source("mine:score", tmp_path), tmp_path)
+    assert str(caught.value) == f"function 'mine:score' failed in {said}"
+
+
 def test_what_cannot_be_collected(tmp_path: Path) -> None:
     write(tmp_path, {"bad.py": "import helper\n", "helper.py": "x = 1\ndef f(:\n"})
     (tmp_path / "binary.py").write_bytes(b"\xff\xfe\x00")
