@@ -389,4 +389,4 @@ def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if value >= 100 else f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) and value >= 100_000 else str(value)
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
