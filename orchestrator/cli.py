@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
@@ -177,7 +177,8 @@ def fetch(
             raise InputError(f"--format {name} {there}; legal: safetensors, json")
     if key is not None and (where or minimise):
         raise InputError("a KEY names one model: legal without --where and --minimise")
-    folder = _open(study, store).fetch(key, output, where=where, minimise=minimise)
+    with redirect_stdout(sys.stderr):  # the user's task, which is run to prove the model, may print
+        folder = _open(study, store).fetch(key, output, where=where, minimise=minimise)
     card = json.loads((folder / "card.json").read_text())
     if "json" in formats:
         _print_json(card)
