@@ -18,7 +18,7 @@ from typing import Any
 
 from orchestrator import history
 from orchestrator.canonical import digest
-from orchestrator.errors import InputError, StoreError
+from orchestrator.errors import InputError
 from orchestrator.front import column_of
 from orchestrator.graph import Facts, Graph, Segment
 from orchestrator.history import History
@@ -38,8 +38,6 @@ _LOG = logging.getLogger("orchardist.driver")
 
 FLUSH_SECONDS = 0.25
 """What was measured waits at most this long to become durable; a state's header has a copy all the while."""
-
-_BEAT_SECONDS = 1.0
 
 AHEAD = 128
 """Trials under way at a time for samplers that look at no result; those that learn get two for each worker."""
@@ -151,7 +149,7 @@ class Driver:
         )
         to_ask = max(0, self.spec.trials - len(self.past.proposals))
         resumed = deque(self.past.unfinished())
-        with _beating(self.lease), Ahead(proposer, max(1, min(window, to_ask))) as ahead:
+        with Ahead(proposer, max(1, min(window, to_ask))) as ahead:
             self._ahead = ahead
             try:
                 with _uninterrupted():
@@ -526,26 +524,3 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if caught:
             signal.raise_signal(signal.SIGINT)
-
-
-@contextmanager
-def _beating(lease: Lease) -> Iterator[None]:
-    """Show other drivers that this one is alive, however long a stage in this process takes."""
-    over = threading.Event()
-
-    def beat() -> None:
-        while True:
-            try:
-                lease.beat()
-            except StoreError as error:
-                _LOG.warning("the lease could not be renewed: %s", error)
-            if over.wait(_BEAT_SECONDS):
-                return
-
-    thread = threading.Thread(target=beat, name="lease", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()

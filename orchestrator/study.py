@@ -16,7 +16,7 @@ from orchestrator.objectives import NOT_MEASURED, OBJECTIVES, Objective, objecti
 from orchestrator.plan import trial_plan
 from orchestrator.progress import Progress, Standing
 from orchestrator.spec import StudySpec, mix_refused, read_text
-from orchestrator.store.lease import Lease, acquire, held, this_process
+from orchestrator.store.lease import Lease, acquire, beating, held, this_process
 from orchestrator.store.store import Store
 from search.proposer import preload
 
@@ -91,7 +91,8 @@ class Study:
         self._refuse_early()
         lease = acquire(self.store.files, self.spec.name, **this_process())
         try:
-            return self._run(pool, workers, progress, accept_task_change, lease)
+            with beating(lease):  # from now on: workers may take their time to come
+                return self._run(pool, workers, progress, accept_task_change, lease)
         finally:
             lease.release()
 

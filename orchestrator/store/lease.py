@@ -11,8 +11,10 @@ import logging
 import os
 import platform
 import secrets
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,6 +29,7 @@ BEAT_SECONDS = 5.0
 DEAD_SECONDS = 15.0
 """A counter that stands still this long belongs to a dead holder."""
 _POLL_SECONDS = 1.0
+_BEAT_CHECK_SECONDS = 1.0
 
 
 class Lease:
@@ -92,6 +95,29 @@ def acquire(
         content = json.dumps({**me, "started_at": started}, sort_keys=True).encode()
         if files.create(paths.lease_file(study, newest + 1, "json"), content):
             return Lease(files, study, newest + 1, clock)
+
+
+@contextmanager
+def beating(lease: Lease) -> Iterator[None]:
+    """Show other drivers that this one is alive, however long a stage in this process takes."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while True:
+            try:
+                lease.beat()
+            except StoreError as error:
+                _LOG.warning("the lease could not be renewed: %s", error)
+            if over.wait(_BEAT_CHECK_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def this_process() -> dict[str, Any]:

@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import pytest
 
+import orchestrator.store.lease as leases
 from orchestrator import driver
 from orchestrator.errors import StoreError
 from orchestrator.store.files import Files
@@ -42,7 +43,7 @@ def test_another_thread_is_not_in_the_way_of_signals() -> None:
 
 
 def test_the_lease_beats_while_the_driver_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_BEAT_SECONDS", 0.001)
+    monkeypatch.setattr(leases, "_BEAT_CHECK_SECONDS", 0.001)
     beats = []
 
     class Troubled(Lease):
@@ -54,7 +55,7 @@ def test_the_lease_beats_while_the_driver_is_busy(monkeypatch: pytest.MonkeyPatc
                 raise StoreError("the disk is full for a moment")
 
     lease = Troubled(Files(f"memory://{uuid4().hex}"), "s", 1)
-    with driver._beating(lease):
+    with leases.beating(lease):
         patience = time.monotonic() + 10
         while len(beats) < 3 and time.monotonic() < patience:
             time.sleep(0.001)
