@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.pruning.criteria import needs
+from orchestrator.pruning.criteria import NEEDS, needs
+from orchestrator.pruning.structure import NORMS
 from orchestrator.registry import Entry
 
 SHAPES = ((4,), (3, 2), (2, 3, 1, 1), (1, 1))
@@ -19,7 +20,21 @@ def supplied(entry: Entry[Callable[..., Tensor]], shape: tuple[int, ...], dtype:
     draw = torch.Generator().manual_seed(1)
     weight = torch.randn(shape, generator=draw, dtype=dtype)
     weight.view(-1)[0] = 0
-    has = {"gradient": torch.randn(shape, generator=draw, dtype=dtype), "generator": torch.Generator().manual_seed(2)}
+    has: dict[str, Any] = {
+        name: torch.randn(shape, generator=draw, dtype=dtype)
+        for name in ("gradient", "hessian_diagonal", "hessian_gradient", "synaptic_flow", "movement")
+    }
+    width = weight[0].numel()
+    spread = torch.randn(weight.numel(), weight.numel(), generator=draw, dtype=dtype)
+    has |= {
+        "hessian_blocks": (spread @ spread.t()).unsqueeze(0),
+        "input_norm": torch.rand((1, *shape[1:]), generator=draw, dtype=dtype),
+        "input_gram": spread[:width] @ spread[:width].t(),
+        "activation": torch.rand(shape[0], generator=draw, dtype=dtype),
+        "batchnorm_scale": torch.randn(shape[0], generator=draw, dtype=dtype),
+        "generator": torch.Generator().manual_seed(2),
+    }
+    assert has.keys() == set(NEEDS)
     return {"weight": weight, **{need: has[need] for need in needs(entry)}}
 
 
@@ -45,7 +60,11 @@ def leaves_its_inputs_alone(entry: Entry[Callable[..., Tensor]], shape: tuple[in
 
 def says_what_it_is(entry: Entry[Callable[..., Tensor]], shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert entry.summary.endswith(".")
-    assert isinstance(entry.facts.get("magnitude_like", False), bool)
+    assert entry.facts["norm"] in NORMS
+    for fact in ("magnitude_like", "reads", "before_training"):
+        assert isinstance(entry.facts.get(fact, False), bool)
+    if "paper" in entry.facts:
+        assert f"({entry.facts['paper']})" in entry.summary
 
 
 CHECKS = (same_shape_and_finite, deterministic, leaves_its_inputs_alone, says_what_it_is)
