@@ -9,27 +9,33 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from orchestrator import optimizers
 from orchestrator.errors import NotFinite, StageFailed
 from orchestrator.narrowing import Narrowable, is_torchs, narrowed, only_torch, widen_columns
 from orchestrator.ops import Recipe, Train
+from orchestrator.pruning.penalties import PENALTIES, Rows
 from orchestrator.seeds import derive
-from orchestrator.state import State, into_model, of_model
+from orchestrator.state import State, into_model, of_model, zeroed
 from orchestrator.tasks.data import Batches, InMemory, Split, call, tensors
 from orchestrator.tasks.task import Task
 
 Probe = Callable[[int, nn.Module], None]
 """Called with the position and the model in training at each step that is to be evaluated."""
 
+Penalise = Callable[[Tensor, Tensor], None]
+"""Adds a penalty's gradient at a weight, the first argument, to the second in place."""
+
 WHOLE = Narrowable()
+MOVEMENT = "movement"
 
 
 def train(
@@ -42,10 +48,16 @@ def train(
     steps_per_epoch: int,
     layers: Narrowable = WHOLE,
     silent: Tensor | None = None,
+    prunable: Sequence[str] = (),
     probe: Probe | None = None,
     probe_every: int = 0,
 ) -> State:
     """Train `state` on until position `op.to`.
+
+    Where the recipe gathers "movement", the result's `gathered` holds, for each prunable tensor, the sum over all steps
+    of -gradient · weight (Sanh et al., 2020): of the loss alone, at the weights before the step and without the
+    learning rate, so that a schedule does not weigh the steps. It goes on from what the state has gathered. A masked
+    weight is zero and adds nothing; nor does a frozen one, which does not move.
 
     Args:
         model: a fresh copy of the task's model, on the device to train on; its weights are overwritten.
@@ -56,6 +68,7 @@ def train(
         steps_per_epoch: how many batches it makes in one epoch.
         layers: those that may be narrowed.
         silent: for each input feature whether it is zero in all of `data`; None where that is not known.
+        prunable: names of the tensors that the recipe's penalty shrinks and of which it gathers statistics.
         probe: is shown the whole model every `probe_every` steps.
 
     Raises:
@@ -68,8 +81,8 @@ def train(
     into_model(state.weights, model)
     model.train()
     draws = task.step is not None or not isinstance(data, InMemory) or not (only_torch(model) and is_torchs(task.loss))
-    # Weight decay moves weights without a gradient, and a step of the user's own may look at them.
-    idle_inputs = silent if not recipe.weight_decay and task.step is None else None
+    # Weight decay and penalties move weights without a gradient, and a step of the user's own may look at them.
+    idle_inputs = silent if not recipe.weight_decay and not recipe.penalty and task.step is None else None
     with arithmetic(device), narrowed(model, state.masks, layers, idle_inputs) as narrow:
         columns = narrow.columns
         names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -78,11 +91,15 @@ def train(
         factors = [_factor(masks.get(name), p) for name, p in zip(names, parameters, strict=True)]
         optimizer = optimizers.get(recipe.optimizer)
         slots = _slots(optimizer, names, parameters, state, columns)
+        penalties = _penalties(recipe, model, names, parameters, state, prunable)
+        moved = _movements(recipe, names, parameters, state, columns, prunable)
         for position, batch in _batches(op, data, state.position, steps_per_epoch, device, draws):
             loss = loss_of(model, batch, task)
             loss.backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
-                _update(optimizer, parameters, slots, factors, recipe, learning_rate(recipe, position))
+                _update(
+                    optimizer, parameters, slots, factors, penalties, moved, recipe, learning_rate(recipe, position)
+                )
             for parameter in parameters:
                 parameter.grad = None
             done = position + 1
@@ -92,42 +109,11 @@ def train(
                 with narrow.whole():
                     probe(done, model)
         moments = _moments(optimizer, names, parameters, slots, columns, state)
+        gathered = _gathered(recipe, names, moved, columns, state, prunable)
     weights = of_model(model)
-    _check(weights, state, op.to)
-    return State(weights=weights, masks=state.masks, optimizer=moments, position=op.to).masked()
-
-
-def gradient(model: nn.Module, state: State, task: Task, batches: Iterable[tuple[Any, Any]]) -> dict[str, Tensor]:
-    """The gradient of the mean training loss over the batches' examples, by parameter name, on the CPU.
-
-    Taken at the masked weights, in evaluation mode (no dropout, fixed normalisation statistics), for frozen parameters
-    too. Zero for a parameter that takes no part in the loss.
-
-    Args:
-        model: a fresh copy of the task's model; its weights are overwritten.
-        state: where the gradient is taken.
-        task: the loss, a mean over its batch.
-        batches: weigh by their number of examples, so that their sizes do not matter.
-    """
-    into_model(state.weights, model)
-    device = next(iter(model.parameters())).device
-    model.eval()
-    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
-    # Sums over many examples need more digits and a wider range than half precision has.
-    sums = {n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()}
-    rows = 0
-    with arithmetic(device):
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        for batch in batches:
-            size = rows_of(batch)
-            loss_of(model, batch, task).backward()  # type: ignore[no-untyped-call]
-            for name, parameter in parameters.items():
-                if parameter.grad is not None:
-                    sums[name].add_(parameter.grad, alpha=size)
-                parameter.grad = None
-            rows += size
-    return {name: (total / rows).to("cpu", parameters[name].dtype) for name, total in sums.items()}
+    trained = State(weights=weights, masks=state.masks, optimizer=moments, position=op.to, gathered=gathered).masked()
+    _check(weights, trained, state)
+    return trained
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -230,20 +216,34 @@ def _update(
     parameters: list[nn.Parameter],
     slots: Mapping[str, list[Tensor]],
     factors: list[Tensor | None],
+    penalties: list[Penalise | None],
+    moved: list[Tensor | None],
     recipe: Recipe,
     lr: float,
 ) -> None:
-    """One optimizer step on the masked gradients; a parameter without a gradient is left alone, as torch.optim does."""
+    """One optimizer step on the masked gradients; a parameter without a gradient is left alone, as torch.optim does.
+
+    All lists are as long as `parameters`, but `penalties` and `moved` are empty where the recipe has none.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if len(gradients) < len(parameters):
         some = [index for index, p in enumerate(parameters) if p.grad is not None]
         if some:
             chosen = {slot: [kept[index] for index in some] for slot, kept in slots.items()}
-            _update(optimizer, [parameters[i] for i in some], chosen, [factors[i] for i in some], recipe, lr)
+            beside = [penalties[i] for i in some] if penalties else [], [moved[i] for i in some] if moved else []
+            _update(optimizer, [parameters[i] for i in some], chosen, [factors[i] for i in some], *beside, recipe, lr)
         return
+    if moved:
+        for parameter, gradient, total in zip(parameters, gradients, moved, strict=True):
+            if total is not None:
+                total.addcmul_(gradient, parameter, value=-1)
     masked = [(gradient, factor) for gradient, factor in zip(gradients, factors, strict=True) if factor is not None]
     if masked:
         torch._foreach_mul_([gradient for gradient, _ in masked], [factor for _, factor in masked])
+    if penalties:
+        for parameter, gradient, penalise in zip(parameters, gradients, penalties, strict=True):
+            if penalise is not None:
+                penalise(parameter, gradient)
     optimizer.step(parameters, gradients, slots, recipe, lr)
 
 
@@ -252,16 +252,28 @@ def _factor(mask: Tensor | None, parameter: Tensor) -> Tensor | None:
     return None if mask is None or bool(mask.all()) else mask.to(parameter.dtype)
 
 
-def _check(weights: Mapping[str, Tensor], before: State, step: int) -> None:
-    """Refuse what went wrong on the way from `before`; a buffer may be infinite if it was, as attention masks are."""
+def _check(weights: Mapping[str, Tensor], masked: State, before: State) -> None:
+    """Refuse what went wrong on the way from `before` to `weights`, of which `masked` is the masked state.
+
+    A buffer may be infinite if it was, as attention masks are.
+    """
     for name, tensor in weights.items():
-        if not (tensor.is_floating_point() or tensor.is_complex()) or torch.isfinite(tensor).all():
+        if (
+            not (tensor.is_floating_point() or tensor.is_complex())
+            or _finite(tensor)
+            or not _finite(before.weights[name])
+        ):
             continue
-        if torch.isfinite(before.weights[name]).all():
-            raise NotFinite(f"{name} holds NaN or infinite values at step {step}: the training diverged")
-    for name, mask in before.masks.items():
-        if torch.where(mask, torch.zeros((), dtype=weights[name].dtype), weights[name]).any():
+        raise NotFinite(f"{name} holds NaN or infinite values at step {masked.position}: the training diverged")
+    for name, mask in masked.masks.items():
+        # Equal but for the sign of zeros, or a NaN that was there before: most often this is all there is to see.
+        if not torch.equal(weights[name], masked.weights[name]) and zeroed(weights[name], ~mask).any():
             raise StageFailed(f"masked weights of {name!r} came back in training: something else writes on them")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all entries are; one that is not makes the sum so, which is far quicker, but may overflow by itself."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _part(tensor: Tensor, columns: Tensor | None) -> Tensor:
@@ -307,6 +319,93 @@ def _moments(
                 whole = widen_columns(whole, columns[name].to("cpu"), state.weights[name])
             moments[f"{slot}/{name}"] = whole
     return moments
+
+
+def _penalties(
+    recipe: Recipe,
+    model: nn.Module,
+    names: list[str],
+    parameters: list[nn.Parameter],
+    state: State,
+    prunable: Sequence[str],
+) -> list[Penalise | None]:
+    """What the recipe's penalty adds to each parameter's gradient; nothing for one that is not prunable."""
+    if not recipe.penalty:
+        return []
+    add = PENALTIES[recipe.penalty].function
+
+    def of(name: str, parameter: nn.Parameter) -> Penalise:
+        see, dims = _in_rows(model.get_submodule(name.rpartition(".")[0]), parameter)
+        kept = see(state.masks.get(name, torch.ones(state.weights[name].shape, dtype=torch.bool)))
+        sizes = kept.sum(dims, keepdim=True).to(parameter.device, _sum_dtype(parameter))
+        rows = Rows(dims=dims, roots=sizes.sqrt())
+        return lambda weight, gradient: add(see(weight), see(gradient), recipe.penalty_strength, rows)
+
+    return [of(n, p) if n in prunable else None for n, p in zip(names, parameters, strict=True)]
+
+
+def _in_rows(module: nn.Module, weight: Tensor) -> tuple[Callable[[Tensor], Tensor], tuple[int, ...]]:
+    """A view of the module's weight, or of some of its columns, and the dimensions that one row spans in it.
+
+    A row lies along the first dimension, but in transposed convolutions along the second of each group of channels.
+    """
+    if weight.dim() < 2:
+        return lambda tensor: tensor.reshape(-1, 1), (1,)
+    if isinstance(module, _ConvTransposeNd):
+        groups = module.groups
+        return lambda tensor: tensor.unflatten(0, (groups, -1)), (1, *range(3, weight.dim() + 1))
+    return lambda tensor: tensor, tuple(range(1, weight.dim()))
+
+
+def _movements(
+    recipe: Recipe,
+    names: list[str],
+    parameters: list[nn.Parameter],
+    state: State,
+    columns: Mapping[str, Tensor],
+    prunable: Sequence[str],
+) -> list[Tensor | None]:
+    """The sums so far, beside each prunable parameter and on its device; in single precision or better."""
+    if MOVEMENT not in recipe.gather:
+        return []
+
+    def of(name: str, parameter: nn.Parameter) -> Tensor:
+        stored = state.gathered.get(f"{MOVEMENT}/{name}")
+        if stored is None:
+            return torch.zeros_like(parameter, dtype=_sum_dtype(parameter))
+        return _part(stored.to(parameter.device, copy=True), columns.get(name))
+
+    return [of(n, p) if n in prunable else None for n, p in zip(names, parameters, strict=True)]
+
+
+def _gathered(
+    recipe: Recipe,
+    names: list[str],
+    moved: list[Tensor | None],
+    columns: Mapping[str, Tensor],
+    state: State,
+    prunable: Sequence[str],
+) -> dict[str, Tensor]:
+    """The sums of every prunable tensor by `"movement/parameter"`, in full coordinates on the CPU."""
+    if MOVEMENT not in recipe.gather:
+        return {}
+    sums = dict(zip(names, moved, strict=True))
+    gathered = {}
+    for name in prunable:
+        label = f"{MOVEMENT}/{name}"
+        total = sums.get(name)
+        if total is None or name in columns:
+            # What is not trained, frozen or of an idle column, adds nothing to what was gathered before.
+            weight = state.weights[name]
+            whole = state.gathered.get(label, torch.zeros_like(weight, dtype=_sum_dtype(weight)))
+            gathered[label] = whole if total is None else whole.index_copy(1, columns[name].to("cpu"), total.to("cpu"))
+        else:
+            gathered[label] = total.to("cpu")
+    return gathered
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _kind(value: Any) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from orchestrator.header import read_header
@@ -22,7 +24,7 @@ def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
 
 def all_bits(state: State) -> dict[str, Any]:
     found = {"position": state.position}
-    for kind in ("weights", "masks", "optimizer"):
+    for kind in ("weights", "masks", "optimizer", "gathered"):
         found |= {f"{kind} {name}": bits(tensor) for name, tensor in getattr(state, kind).items()}
     return found
 
@@ -49,6 +51,27 @@ def test_masked_puts_plus_zero_under_every_mask() -> None:
     assert zeroed(torch.tensor([float("nan"), 1.0]), torch.tensor([False, True])).tolist() == [0, 1]
 
 
+def random_bytes(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """NaNs with a payload, -0.0, denormals and infinities among them."""
+    generator = torch.Generator().manual_seed(seed)
+    if dtype == torch.bool:  # other bytes than 0 and 1 are no bools
+        return torch.rand(shape, generator=generator) < 0.5
+    numbers = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator)
+    return numbers.view(dtype).reshape(shape)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (40, 30), (3, 4, 2)])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64, torch.complex128])
+def test_zeroing_keeps_every_other_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for seed in range(5):
+        tensor = random_bytes(shape, dtype, seed)
+        mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+        expected = torch.where(mask, tensor, torch.zeros((), dtype=dtype))
+        assert bits(zeroed(tensor, mask)) == bits(expected)
+        # And of a tensor whose entries do not lie one after another.
+        assert bits(zeroed(tensor.mT, mask.mT)) == bits(expected.mT) if len(shape) > 1 else True
+
+
 def test_masked_leaves_its_state_alone() -> None:
     state = example()
     state.masked()
@@ -66,10 +89,7 @@ def test_round_trip_of_every_dtype(dtype: torch.dtype) -> None:
 def test_round_trip_bit_for_bit(data: st.DataObject) -> None:
     def tensor(shape: tuple[int, ...]) -> Tensor:
         dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64]))
-        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-        # Random bytes: NaNs with a payload, -0.0, denormals and infinities among them.
-        numbers = torch.randint(0, 256, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator)
-        return numbers.view(dtype).reshape(shape)
+        return random_bytes(shape, dtype, data.draw(st.integers(0, 99)))
 
     shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
     named = data.draw(st.dictionaries(st.sampled_from(["a", "b.weight", "c/d", "masks/e"]), shapes, max_size=4))
@@ -82,6 +102,7 @@ def test_round_trip_bit_for_bit(data: st.DataObject) -> None:
             **{f"step/{name}": torch.tensor(3.0) for name in named},
         },
         position=data.draw(st.integers(0, 10**9)),
+        gathered={f"movement/{name}": tensor(shape) for name, shape in named.items() if data.draw(st.booleans())},
     ).masked()
     back = from_bytes(to_bytes(state, {"key": "k"}))
     assert all_bits(back) == all_bits(state)
@@ -93,6 +114,38 @@ def test_a_masked_weight_is_not_in_the_bytes() -> None:
     assert len(to_bytes(big)) < 64 * 64 / 8 + 512
     planted = State(weights={"w": torch.tensor([5.0, 6.0])}, masks={"w": torch.tensor([True, False])})
     assert from_bytes(to_bytes(planted)).weights["w"].tolist() == [5.0, 0.0]
+
+
+def stored(state: State) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the bytes say: safetensors writes its metadata in any order."""
+    data = to_bytes(state)
+    return {name: bits(tensor) for name, tensor in load(data).items()}, read_header(data)
+
+
+def test_kept_entries_are_stored_in_their_order() -> None:
+    mask = torch.rand(7, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    state = State(weights={"w": torch.arange(63.0).reshape(7, 9)}, masks={"w": mask})
+    assert torch.equal(load(to_bytes(state))["weights/w"], state.weights["w"][mask])
+    other = State(weights={"w": state.weights["w"].mT.contiguous().mT}, masks={"w": mask})
+    assert stored(other) == stored(state)
+
+
+def test_gathered_statistics_are_stored_as_they_are() -> None:
+    statistic = torch.tensor([[0.5, -1.0], [-0.0, 2.0]], dtype=torch.float64)
+    plain = example().masked()
+    state = replace(plain, gathered={"movement/fc.weight": statistic})
+    assert state.masked().gathered["movement/fc.weight"] is statistic
+    assert bits(from_bytes(to_bytes(state)).gathered["movement/fc.weight"]) == bits(statistic)
+    assert set(load(to_bytes(state))) - set(load(to_bytes(plain))) == {"gathered/movement/fc.weight"}
+    assert state.nbytes == plain.nbytes + 32
+    assert state.without_optimizer().gathered == {}
+
+
+def test_remarks_are_not_in_the_bytes() -> None:
+    state = replace(example(), remarks={"floor": ["fc"]})
+    assert stored(state) == stored(example())
+    assert state.masked().remarks == {"floor": ["fc"]}
+    assert from_bytes(to_bytes(state)).remarks == {}
 
 
 def test_the_header_is_text_beside_the_tensors() -> None:

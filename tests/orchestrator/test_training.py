@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +20,14 @@ from torch.utils.data import Dataset
 
 from orchestrator import training
 from orchestrator.errors import NotFinite, StageFailed
-from orchestrator.narrowing import examine
+from orchestrator.narrowing import Narrowable, examine
 from orchestrator.ops import Recipe, Train
+from orchestrator.pruning.penalties import PENALTIES, Rows
+from orchestrator.registry import Entry
 from orchestrator.state import State, of_model
 from orchestrator.tasks import Task
 from orchestrator.tasks.data import Batches, Indexed, InMemory
-from orchestrator.training import arithmetic, gradient, learning_rate, loss_of, train
+from orchestrator.training import arithmetic, learning_rate, loss_of, train
 
 X = torch.randn(26, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(26) % 3
@@ -53,13 +56,29 @@ def run(
     data: Any = DATA,
     given_task: Task | None = None,
     probe: Any = None,
+    silent: Tensor | None = None,
+    narrow: bool = True,
     **options: Any,
 ) -> State:
     """Train on to step `to`, as a worker does."""
     op = Train(recipe=recipe(**options), order_seed=5, to=to)
     given_task = given_task or task(model=build)
-    layers = examine(build(), X[:2], lambda model: loss_of(model, (X[:2], Y[:2]), given_task))
-    return train(build(), state, op, given_task, data, steps_per_epoch=STEPS, layers=layers, probe=probe, probe_every=1)
+    two = data.inputs[:2] if isinstance(data, InMemory) else X[:2]
+    layers = examine(build(), two, lambda model: loss_of(model, (two, Y[:2]), given_task))
+    prunable = [name for name in state.weights if name.endswith(".weight") and state.weights[name].dim() > 1]
+    return train(
+        build(),
+        state,
+        op,
+        given_task,
+        data,
+        steps_per_epoch=STEPS,
+        layers=layers if narrow else Narrowable(),
+        silent=silent,
+        prunable=prunable,
+        probe=probe,
+        probe_every=1,
+    )
 
 
 def start(build: Callable[[], nn.Module] = mlp, masks: dict[str, Tensor] | None = None) -> State:
@@ -78,6 +97,7 @@ def half(weights: dict[str, Tensor] | Any, *names: str) -> dict[str, Tensor]:
 def same(one: State, other: State) -> bool:
     def bits(state: State) -> dict[str, bytes]:
         tensors = {**state.weights, **{"o/" + name: tensor for name, tensor in state.optimizer.items()}}
+        tensors |= {"g/" + name: tensor for name, tensor in state.gathered.items()}
         return {name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
     return bits(one) == bits(other) and one.position == other.position
@@ -125,6 +145,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"optimizer": "adamw", "weight_decay": 0.1, "lr_schedule": "cosine", "horizon": 21, "warmup": 3},
     {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.01, "lr_schedule": "step", "milestones": (9,)},
+    {"penalty": "group-lasso", "penalty_strength": 0.01, "gather": ("movement",)},
 ]
 
 
@@ -227,6 +248,9 @@ LAWS: list[dict[str, Any]] = [
     {"optimizer": "sgd"},
     {"optimizer": "sgd", "momentum": 0.9},
     {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.1},
+    {"optimizer": "adam", "penalty": "l1", "penalty_strength": 0.1},
+    {"optimizer": "sgd", "momentum": 0.9, "penalty": "group-lasso", "penalty_strength": 0.1, "gather": ("movement",)},
+    {"optimizer": "adamw", "penalty": "l2", "penalty_strength": 0.1, "weight_decay": 0.1},
 ]
 
 
@@ -323,6 +347,28 @@ def test_a_nan_gradient_at_a_masked_weight_is_not_hidden() -> None:
         run(start(build, masks), 7, build)
     with pytest.raises(NotFinite, match=r"^0.weight holds NaN or infinite values at step 1: the training diverged$"):
         run(start(build, masks), 1, build)
+
+
+class Holds(nn.Linear):
+    """Beside its weights, what is finite though its sum is not, and a frozen NaN beside a masked entry."""
+
+    large: Tensor
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        super().__init__(6, 3)
+        self.register_buffer("large", torch.ones(4))
+        self.fixed = nn.Parameter(torch.tensor([float("nan"), 1.0, -1.0]), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.large.fill_(3e38)
+        return super().forward(input)
+
+
+def test_what_was_not_finite_before_and_what_only_sums_to_it_is_no_divergence() -> None:
+    state = run(start(Holds, {"fixed": torch.tensor([True, False, True])}), 3, Holds)
+    assert state.weights["large"].eq(3e38).all() and state.weights["large"].sum().isinf()
+    assert state.weights["fixed"][1:].tolist() == [0, -1]
 
 
 @pytest.mark.parametrize("options", [{"optimizer": "sgd", "lr": 1e30}, {"optimizer": "adam", "lr": 1e38}])
@@ -428,6 +474,241 @@ def test_a_loss_that_is_no_scalar(loss: Any, said: str) -> None:
     run(start(), 3, given_task=task(loss=lambda outputs, targets: F.cross_entropy(outputs, targets).reshape(1)))
 
 
+def plain() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3)).double()
+
+
+class Upwards(nn.Module):
+    """Transposed convolutions, whose filters lie along the second dimension, one of them in two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.one = nn.ConvTranspose1d(1, 4, 3)
+        self.two = nn.ConvTranspose1d(4, 6, 2, groups=2)
+        self.out = nn.Conv1d(6, 3, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.two(self.one(x[:, None].double())).tanh()).flatten(1)  # type: ignore[no-any-return]
+
+
+def rows_of_weight(name: str, weight: Tensor) -> Tensor:
+    """One row for each output."""
+    if name == "one.weight":
+        return weight.transpose(0, 1).flatten(1)
+    if name == "two.weight":
+        return torch.cat([half.transpose(0, 1).flatten(1) for half in weight.chunk(2)])
+    return weight.flatten(1)
+
+
+PENALTY: dict[str, Callable[[Tensor], Tensor]] = {
+    "l1": lambda rows: rows.abs().sum(),
+    "l2": lambda rows: rows.square().sum() / 2,
+    # No weight is exactly zero but the masked ones, which do not count.
+    "group-lasso": lambda rows: ((rows != 0).double().sum(1).sqrt() * torch.linalg.vector_norm(rows, dim=1)).sum(),
+}
+
+
+@pytest.mark.parametrize("build", [plain, lambda: Upwards().double()], ids=["linear", "transposed"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", PENALTY)
+def test_a_penalty_is_as_if_added_to_the_loss(name: str, masked: bool, build: Callable[[], nn.Module]) -> None:
+    dense = start(build)
+    draw = torch.Generator().manual_seed(3)
+    masks = {n: torch.rand(w.shape, generator=draw) < 0.5 for n, w in dense.weights.items() if w.dim() > 1}
+    begin = start(build, masks) if masked else dense
+    data = InMemory(X.double(), Y)
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        penalised = {name: p for name, p in model.named_parameters() if p.dim() > 1}
+        return loss + 0.05 * sum(PENALTY[name](rows_of_weight(n, p)) for n, p in penalised.items())
+
+    ours = run(begin, 9, build, data, optimizer="sgd", penalty=name, penalty_strength=0.05)
+    theirs = run(begin, 9, build, data, task(step=step), optimizer="sgd")
+    unpenalised = run(begin, 9, build, data, optimizer="sgd")
+    for label, weight in theirs.weights.items():
+        assert torch.allclose(ours.weights[label], weight, rtol=1e-11, atol=1e-14), label
+        assert not torch.allclose(ours.weights[label], unpenalised.weights[label], rtol=1e-6), label
+
+
+@pytest.mark.parametrize("name", PENALTY)
+def test_a_penalty_counts_masked_columns_where_they_are_narrowed_away(name: str) -> None:
+    begin = start(plain)
+    masks = {"0.weight": torch.ones(32, 6, dtype=torch.bool), "2.weight": torch.rand(3, 32) < 0.5}
+    masks["2.weight"][:, 10:] = False
+    data = InMemory(X.double(), Y)
+    begin = State(weights=begin.weights, masks=masks).masked()
+    options = {"penalty": name, "penalty_strength": 0.05, "gather": ("movement",)}
+    narrow, whole = (run(begin, 9, plain, data, narrow=narrow, **options) for narrow in (True, False))
+    assert all(torch.allclose(narrow.weights[label], weight, rtol=1e-9) for label, weight in whole.weights.items())
+    assert all(torch.allclose(narrow.gathered[label], moved, rtol=1e-9) for label, moved in whole.gathered.items())
+    assert not narrow.weights["2.weight"][:, 10:].any()
+
+
+def wide() -> nn.Module:
+    """With enough inputs to be narrowed to those that are not silent."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+SILENT = torch.arange(48) < 20
+LOUD = InMemory(torch.randn(26, 48, generator=torch.Generator().manual_seed(0)), Y)
+QUIET = InMemory(LOUD.inputs * ~SILENT, Y)
+
+
+@pytest.mark.parametrize("name", PENALTY)
+def test_a_penalty_shrinks_what_reads_a_silent_input(name: str) -> None:
+    begin = start(wide)
+    options = {"data": QUIET, "optimizer": "sgd"}
+
+    def columns(**more: Any) -> Tensor:
+        return run(begin, 9, wide, **options, **more).weights["0.weight"][:, SILENT]
+
+    assert torch.equal(columns(silent=SILENT), begin.weights["0.weight"][:, SILENT])
+    shrunk = columns(silent=SILENT, penalty=name, penalty_strength=0.05)
+    assert (shrunk.abs() < begin.weights["0.weight"][:, SILENT].abs()).all()
+    assert torch.equal(shrunk, columns(penalty=name, penalty_strength=0.05))
+
+
+def test_a_weight_that_a_step_does_not_reach_is_not_penalised_in_it() -> None:
+    begin = start(Odd)
+    options = {"optimizer": "sgd", "penalty": "l1", "penalty_strength": 0.05}
+    for steps in (1, 2):  # the second step does not reach `seldom`
+        state = run(begin, steps, Odd, **options)
+        plain = run(begin, steps, Odd, optimizer="sgd")
+        assert torch.equal(state.weights["unused.weight"], begin.weights["unused.weight"])
+        assert torch.equal(state.weights["frozen.weight"], begin.weights["frozen.weight"])
+        assert not torch.equal(state.weights["out.weight"], plain.weights["out.weight"])
+    first = run(begin, 1, Odd, **options)
+    assert torch.equal(first.weights["seldom.weight"], state.weights["seldom.weight"])
+    assert not torch.equal(first.weights["seldom.weight"], plain.weights["seldom.weight"])
+
+
+def test_a_penalty_without_strength_changes_nothing() -> None:
+    for name in PENALTY:
+        assert same(run(start(), 9, penalty=name, penalty_strength=0.0), run(start(), 9))
+
+
+def test_a_penalty_that_is_not_zero_at_zero_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def brings_back(weight: Tensor, gradient: Tensor, strength: float, rows: Rows) -> None:
+        gradient.add_(torch.where(weight < 0, -1.0, 1.0), alpha=strength)
+
+    monkeypatch.setitem(PENALTIES._entries, "l1", Entry(name="l1", function=brings_back))
+    masks = half(start().weights, "0.weight", "4.weight")
+    run(start(), 3, penalty="l1", penalty_strength=0.1)
+    for options in ({"optimizer": "sgd"}, {"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "adam"}):
+        with pytest.raises(StageFailed, match=r"^masked weights of '0.weight' came back in training: "):
+            run(start(masks=masks), 3, penalty="l1", penalty_strength=0.1, **options)
+
+
+def watched(build: Callable[[], nn.Module], begin: State, to: int, **options: Any) -> dict[str, Tensor]:
+    """The sum of -gradient · weight over the steps, kept by hooks on the weights."""
+    sums: dict[str, Tensor] = {}
+
+    def note(name: str, parameter: nn.Parameter, gradient: Tensor) -> None:
+        sums[name] -= gradient * parameter.detach()
+
+    def step(model: nn.Module, batch: Any) -> Tensor:
+        for name, parameter in model.named_parameters():
+            if name not in sums:
+                sums[name] = torch.zeros_like(parameter)
+                parameter.register_hook(partial(note, name, parameter))
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    op = Train(recipe=recipe(**options), order_seed=5, to=to)
+    train(build(), begin, op, task(step=step), InMemory(X.double(), Y), steps_per_epoch=STEPS)
+    return sums
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_movement_is_the_sum_of_minus_gradient_times_weight(masked: bool) -> None:
+    masks = {"0.weight": torch.rand(32, 6) < 0.5, "2.weight": torch.arange(96).reshape(3, 32) % 32 < 8}
+    begin = start(plain, masks if masked else None)
+    data = InMemory(X.double(), Y)
+    state = run(begin, 9, plain, data, optimizer="sgd", gather=("movement",))
+    expected = watched(plain, begin, 9, optimizer="sgd")
+    assert set(state.gathered) == {"movement/0.weight", "movement/2.weight"}
+    for label, moved in state.gathered.items():
+        assert moved.shape == begin.weights[label.removeprefix("movement/")].shape
+        assert torch.allclose(moved, expected[label.removeprefix("movement/")], rtol=1e-10, atol=1e-15)
+        assert moved.any()
+        if masked:
+            assert not moved[~masks[label.removeprefix("movement/")]].any()
+
+
+def test_movement_is_of_the_loss_alone() -> None:
+    begin, data = start(plain), InMemory(X.double(), Y)
+    options = {"optimizer": "sgd", "gather": ("movement",)}
+    penalised = run(begin, 1, plain, data, penalty="l2", penalty_strength=1.0, **options)
+    assert same(
+        State(weights={}, gathered=penalised.gathered),
+        State(weights={}, gathered=run(begin, 1, plain, data, **options).gathered),
+    )
+
+
+@pytest.mark.parametrize("options", LAWS)
+def test_gathering_changes_no_weight(options: dict[str, Any]) -> None:
+    masks = half(start().weights, "0.weight", "4.weight")
+    with_it = run(start(masks=masks), 9, **{**options, "gather": ("movement",)})
+    without = run(start(masks=masks), 9, **{**options, "gather": ()})
+    assert without.gathered == {}
+    assert same(State(weights=with_it.weights, optimizer=with_it.optimizer, position=9), without)
+
+
+def test_a_statistic_that_is_lost_at_a_cut_would_be_noticed() -> None:
+    options = {"gather": ("movement",)}
+    whole, cut = run(start(), 14, **options), run(start(), 5, **options)
+    assert same(whole, run(cut, 14, **options))
+    assert not same(whole, run(State(**{**vars(cut), "gathered": {}}), 14, **options))
+    fresh = cut.without_optimizer()
+    assert same(run(fresh, 14, **options), run(State(weights=cut.weights, position=5), 14, **options))
+
+
+def test_what_was_gathered_before_a_mask_or_on_silent_inputs_is_kept() -> None:
+    """The narrowed columns hold no sums while training, and come back with those that they had."""
+    options = {"gather": ("movement",)}
+    dense = run(start(), 7, **options)
+    masks = half(dense.weights, "0.weight", "4.weight")
+    pruned = State(**{**vars(dense), "masks": masks}).masked()
+    narrow, whole = (run(pruned, 14, narrow=narrow, **options) for narrow in (True, False))
+    for name, mask in masks.items():
+        before = dense.gathered[f"movement/{name}"]
+        for state in (narrow, whole):
+            assert torch.equal(state.gathered[f"movement/{name}"][~mask], before[~mask])
+            assert not torch.equal(state.gathered[f"movement/{name}"][mask], before[mask])
+    assert same(narrow, run(run(pruned, 10, **options), 14, **options))
+    dense = run(start(wide), 7, wide, data=LOUD, **options)
+    narrow, whole = (run(dense, 14, wide, data=QUIET, silent=silent, **options) for silent in (SILENT, None))
+    before = dense.gathered["movement/0.weight"]
+    for state in (narrow, whole):
+        assert torch.equal(state.gathered["movement/0.weight"][:, SILENT], before[:, SILENT])
+        assert not torch.equal(state.gathered["movement/0.weight"], before)
+
+
+def test_only_its_own_statistics_come_out() -> None:
+    begin = State(weights=of_model(mlp()), gathered={"other/0.weight": torch.ones(1)}, remarks={"floor": 1})
+    for options in ({}, {"gather": ("movement",)}):
+        state = run(begin, 3, **options)
+        assert not any(label.startswith("other") for label in state.gathered)
+        assert state.remarks == {}
+
+
+def test_movement_of_frozen_seldom_used_and_half_precise_weights() -> None:
+    state = run(start(Odd), 7, Odd, gather=("movement",))
+    assert not state.gathered["movement/frozen.weight"].any()
+    assert not state.gathered["movement/unused.weight"].any()
+    assert state.gathered["movement/seldom.weight"].any()
+    assert same(state, run(run(start(Odd), 4, Odd, gather=("movement",)), 7, Odd, gather=("movement",)))
+
+    def build() -> nn.Module:
+        return mlp().to(torch.bfloat16)
+
+    halves = run(start(build), 7, build, InMemory(X.to(torch.bfloat16), Y), gather=("movement",))
+    assert halves.gathered["movement/0.weight"].dtype == torch.float32
+
+
 def test_constant_and_warm_up() -> None:
     assert [learning_rate(recipe(lr=0.5), step) for step in (0, 7, 10**6)] == [0.5, 0.5, 0.5]
     rising = recipe(lr=0.5, warmup=5)
@@ -461,57 +742,6 @@ def test_after_the_warm_up_no_schedule_rises(schedule: str, horizon: int, warmup
     falling = recipe(lr_schedule=schedule, horizon=horizon, warmup=warmup, milestones=(3, 20))
     rates = [learning_rate(falling, step) for step in range(warmup, horizon + 5)]
     assert all(0 <= later <= earlier <= 0.01 for earlier, later in pairwise(rates))
-
-
-def quiet() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
-
-
-WIDE = (X.double(), Y)
-
-
-@pytest.mark.parametrize("sizes", [(26,), (13, 13), (20, 5, 1)])
-def test_gradient_is_that_of_all_examples_together(sizes: tuple[int, ...]) -> None:
-    model = quiet().eval()
-    F.cross_entropy(model(WIDE[0]), Y).backward()  # type: ignore[no-untyped-call]
-    batches = list(zip(WIDE[0].split(list(sizes)), Y.split(list(sizes)), strict=True))
-    found = gradient(quiet(), start(quiet), task(), batches)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        assert torch.allclose(found[name], parameter.grad, rtol=1e-10, atol=1e-14), name
-    # The mean of the batches' means is another thing, where their sizes differ.
-    means = gradient(quiet(), start(quiet), task(), [batches[-1]])
-    assert (sizes == (26,)) == torch.allclose(means["0.weight"], found["0.weight"])
-
-
-def test_gradient_is_taken_at_the_masked_weights() -> None:
-    masks = {"0.weight": torch.arange(30).reshape(5, 6) % 2 == 0}
-    found = gradient(quiet(), start(quiet, masks), task(), [WIDE])
-    model = quiet().eval()
-    with torch.no_grad():
-        model[0].weight[~masks["0.weight"]] = 0  # type: ignore[index]
-    F.cross_entropy(model(WIDE[0]), Y).backward()  # type: ignore[no-untyped-call]
-    assert torch.allclose(found["0.weight"], model[0].weight.grad)  # type: ignore[index]
-
-
-def test_gradient_of_frozen_and_unused_parameters() -> None:
-    found = gradient(Odd(), start(Odd), task(), [(X, Y)])
-    assert found["frozen.weight"].abs().sum() > 0
-    assert not found["unused.weight"].any()
-    assert found["unused.weight"].shape == (8, 8)
-
-
-def test_gradient_of_many_examples_in_half_precision() -> None:
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Linear(1, 1, bias=False).half()
-
-    inputs = torch.full((512, 1), 1000.0).half()
-    given_task = task(loss=lambda outputs, targets: outputs.mean())
-    found = gradient(build(), start(build), given_task, [(inputs, inputs), (inputs, inputs)])
-    assert found["weight"].dtype == torch.float16
-    assert found["weight"].item() == 1000
 
 
 def test_arithmetic_gives_back_what_was_there() -> None:
