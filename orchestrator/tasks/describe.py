@@ -49,9 +49,12 @@ def describe(loaded: LoadedTask) -> TaskInfo:
         digest=digest,
         layers=layers,
         train_examples=0 if isinstance(loaded.train, Batches) else len(loaded.train),
+        valid_examples=len(loaded.valid),
+        test_examples=0 if loaded.test is None else len(loaded.test),
         batches_per_epoch=batches,
         metrics=tuple((metric, given.direction) for metric, given in loaded.metrics.items()),
         classes=loaded.classes,
+        groups=tuple(loaded.task.groups),
         comes_trained=task.fresh is not None,
         init_varies=task.fresh is not None or not all(layer.name in given for layer in layers),
     )
@@ -191,6 +194,10 @@ def _digest(loaded: LoadedTask, given: dict[str, Tensor]) -> str:
                 raise TaskError(f"{name} is not held in tensors and cannot be hashed: name its data with data_version")
             hash_tensors(digest, f"{name} inputs", split.inputs)
             hash_tensors(digest, f"{name} targets", split.targets)
+    for split_name, groups in loaded.groups.items():
+        for group, labels in groups.items():
+            digest.update(f"{split_name} group {group}\0{labels.names}\0".encode())
+            hash_tensors(digest, f"{split_name} group {group}", labels.codes)
     hash_tensors(digest, "example", loaded.task.example)
     hash_tensors(digest, "weights", given)
     return digest.hexdigest()

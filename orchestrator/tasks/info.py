@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from math import ceil, prod
 
 
@@ -24,6 +26,24 @@ class Layer:
         return prod(self.shape)
 
 
+def matches(pattern: str, label: str) -> bool:
+    """Shell-style match on a layer's dotted name; `*.out` also means a top-level layer called `out`."""
+    return fnmatchcase(label, pattern) or fnmatchcase("." + label, pattern)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitCounts:
+    """The units of one structure that can be removed.
+
+    Args:
+        groups: by group, how many of its units are made by which prunable tensors together.
+        refused: (layer, reason) for layers that have none.
+    """
+
+    groups: Mapping[str, Mapping[tuple[str, ...], int]] = field(default_factory=dict)
+    refused: tuple[tuple[str, str], ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskInfo:
     """A task as the driver sees it."""
@@ -32,14 +52,23 @@ class TaskInfo:
     layers: tuple[Layer, ...]
     train_examples: int
     """0 where `train` is a function of the epoch."""
+    valid_examples: int = 0
+    test_examples: int = 0
+    """0 where there is no test split."""
     batches_per_epoch: int | None = None
     """Given where `train` is a function of the epoch, which brings its own batches."""
     metrics: tuple[tuple[str, str], ...] = (("accuracy", "maximise"),)
     """Names and directions; the first is the main one."""
     classes: tuple[str, ...] | None = None
+    groups: tuple[str, ...] = ()
+    """Names of the groups that examples are in."""
     comes_trained: bool = False
     init_varies: bool = True
     """Whether untrained weights differ from seed to seed."""
+    units: Mapping[str, UnitCounts] = field(default_factory=dict)
+    """By structure, for those that the study names."""
+    flops: Mapping[str, int] = field(default_factory=dict)
+    """Operations of one forward pass by parameter, "" for those without one; only where the study has a budget."""
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Optimizer steps in one epoch; the last, smaller batch is used too."""

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from orchestrator.errors import InputError, TaskError
+from orchestrator.tasks.checkpoint import lay_over, read_checkpoint
 from orchestrator.tasks.data import Batches, Split, normalise
+from orchestrator.tasks.groups import Labels, labels_by_split
 from orchestrator.tasks.info import TaskInfo
 from orchestrator.tasks.metrics import resolve
 from orchestrator.tasks.source import Source, install
@@ -31,11 +34,17 @@ BUILD_SEED = 0
 
 
 class LoadedTask:
-    """A task with its data in hand. `train`, `valid` and `test` are checked; `test` is None where there is none."""
+    """A task with its data in hand. `train`, `valid` and `test` are checked; `test` is None where there is none.
 
-    def __init__(self, task: Task, source: Source, params: Mapping[str, Any]) -> None:
-        self.task = task
+    With `weights`, those of the source's checkpoint, the model comes trained; what the task builds is the fresh one.
+    """
+
+    def __init__(
+        self, task: Task, source: Source, params: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.task = task if weights is None else replace(task, fresh=task.fresh or task.model)
         self.source = source
+        self.weights = weights
         self.params = dict(params)
         """Those that differ from the task function's defaults."""
         self.classes = None if task.classes is None else tuple(str(name) for name in task.classes)
@@ -46,6 +55,9 @@ class LoadedTask:
         self.train: Split | Batches = normalise(task.train, "train", count)
         self.valid: Split = _rows(normalise(task.valid, "valid", count))
         self.test: Split | None = None if task.test is None else _rows(normalise(task.test, "test", count))
+        rows = {"valid": len(self.valid)} | ({} if self.test is None else {"test": len(self.test)})
+        self.groups: dict[str, dict[str, Labels]] = labels_by_split(task, rows)
+        """By split, then by name."""
 
     @cached_property
     def info(self) -> TaskInfo:
@@ -60,8 +72,9 @@ class LoadedTask:
         Raises:
             TaskError: the user's builder raised, or returned no module or one with layers of unknown size.
         """
-        builder = self.task.fresh if fresh and self.task.fresh is not None else self.task.model
-        what = "fresh" if builder is self.task.fresh else "model"
+        builder, what = self.task.model, "model"
+        if fresh and self.task.fresh not in (None, builder):
+            builder, what = self.task.fresh, "fresh"
         with blamed(f"task {self.source.name!r}: {what}() failed", self.source):
             model = builder()
         if not isinstance(model, nn.Module):
@@ -69,14 +82,20 @@ class LoadedTask:
         lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
         if lazy:
             raise TaskError(f"task {self.source.name!r}: the size of {lazy[0]} is unknown: use no lazy layers")
+        if self.weights is not None and self.source.checkpoint is not None and not fresh:
+            try:
+                lay_over(self.weights, model)
+            except TaskError as error:
+                what = f"task {self.source.name!r}: checkpoint {self.source.checkpoint.name!r} does not fit the model"
+                raise TaskError(f"{what}: {error}") from error
         return model
 
 
-_loaded: dict[tuple[str, str, str], LoadedTask] = {}
+_loaded: dict[tuple[str, str, str, str], LoadedTask] = {}
 
 
 def load(source: Source, params: Mapping[str, Any], root: Path | None = None) -> LoadedTask:
-    """The task of `source` called with `params`; the same object for the same (digest, params, root) in one process.
+    """The task of `source` called with `params`; the same object for the same arguments in one process.
 
     Args:
         source: from `orchestrator.tasks.source.collect`.
@@ -84,22 +103,25 @@ def load(source: Source, params: Mapping[str, Any], root: Path | None = None) ->
         root: the folder of the study file, for files that the task reads beside itself.
 
     Raises:
-        TaskError: the file has no function `task`, it raised, its parameters are wrong, or what it gave is.
+        TaskError: the file has no function `task`, it raised, its parameters are wrong, or what it gave is; or the
+            checkpoint cannot be read.
     """
     with isolated(BUILD_SEED):
         with blamed(f"task {source.name!r} failed", source):
             module = install(source, root)
         function = _function(module, source)
         arguments = _arguments(function, params, source)
-        key = (source.digest, canonical(arguments, source), "" if root is None else str(root.resolve()))
+        folder, checkpoint = "" if root is None else str(root.resolve()), source.checkpoint
+        key = (source.digest, canonical(arguments, source), folder, "" if checkpoint is None else checkpoint.sha256)
         if key not in _loaded:
             with blamed(f"task {source.name!r} failed", source):
                 task = function(**params)
             if not isinstance(task, Task):
                 raise TaskError(f"task {source.name!r}: task() returned {_kind(task)}, not an orchestrator.tasks.Task")
+            weights = None if checkpoint is None else read_checkpoint(checkpoint, root)
             with blamed(f"task {source.name!r} failed", source):
                 try:
-                    _loaded[key] = LoadedTask(task, source, arguments)
+                    _loaded[key] = LoadedTask(task, source, arguments, weights)
                 except InputError as error:
                     raise TaskError(f"task {source.name!r}: {error}") from error
     return _loaded[key]

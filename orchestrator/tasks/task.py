@@ -40,6 +40,8 @@ class Task:
         classes: the classes' names, which turns on the per-class measures.
         prunable: `f(parameter_name, parameter) -> bool`; by default the weights of linear, convolution and attention
             projection layers.
+        groups: a name, such as "sex" -> "valid" and "test" -> the label of each example of that split: a sequence of
+            words or whole numbers, or a tensor. Turns on the group measures; needs `classes`.
         data_version: names the data where they are not tensors in memory and so cannot be hashed; where it is given,
             tensors are not hashed either.
     """
@@ -57,4 +59,5 @@ class Task:
     example: Any = None
     classes: Sequence[str] | None = None
     prunable: Callable[[str, Tensor], bool] | None = None
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data_version: str = ""

@@ -21,6 +21,8 @@ class TaskContract:
     sizes: ClassVar[tuple[int, int, int]]
     input_shape: ClassVar[tuple[int, ...]]
     stratified: ClassVar[tuple[str, ...]] = ("train", "valid", "test")
+    comes_trained: ClassVar[bool] = False
+    last_layer: ClassVar[str] = "out"
 
     @pytest.fixture
     def loaded(self) -> LoadedTask:
@@ -75,11 +77,11 @@ class TaskContract:
         assert outputs.shape == (3, len(loaded.classes))
         assert torch.isfinite(loaded.task.loss(outputs, targets))
 
-    def test_model_follows_the_seed_alone(self, loaded: LoadedTask) -> None:
+    def test_an_untrained_model_follows_the_seed_alone(self, loaded: LoadedTask) -> None:
         def built(seed: int) -> torch.Tensor:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                return torch.cat([p.flatten() for p in loaded.model().parameters()])
+                return torch.cat([p.flatten() for p in loaded.model(fresh=True).parameters()])
 
         assert torch.equal(built(1), built(1))
         assert not torch.equal(built(1), built(2))
@@ -89,11 +91,11 @@ class TaskContract:
         assert info.train_examples == self.sizes[0]
         assert info.metrics == (("accuracy", "maximise"),)
         assert info.classes == loaded.classes
-        assert not info.comes_trained
+        assert info.comes_trained == self.comes_trained
         model = loaded.model()
         for layer in info.layers:
             assert model.get_parameter(layer.name).shape == layer.shape
-        assert info.layers[-1].label == "out"
+        assert info.layers[-1].label == self.last_layer
 
     def test_loading_leaves_the_global_generators_alone(self) -> None:
         import random

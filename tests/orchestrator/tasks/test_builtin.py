@@ -27,6 +27,16 @@ class TestMnistConv(TaskContract):
     params: ClassVar = {"model": "lenet-conv"}
 
 
+class TestMnistResNet(TaskContract):
+    name, sizes, input_shape = "mnist", (4000, 500, 500), (1, 28, 28)
+    params: ClassVar = {"model": "resnet"}
+
+
+class TestMnistPretrained(TaskContract):
+    name, sizes, input_shape = "mnist-pretrained", (4000, 500, 500), (1, 28, 28)
+    comes_trained = True
+
+
 class TestDigits(TaskContract):
     name, sizes, input_shape = "digits", (1257, 270, 270), (64,)
 
@@ -34,6 +44,32 @@ class TestDigits(TaskContract):
 class TestDigitsConv(TaskContract):
     name, sizes, input_shape = "digits", (1257, 270, 270), (1, 28, 28)
     params: ClassVar = {"model": "lenet-conv", "size": 28}
+
+
+class TestDigitsResNet(TaskContract):
+    name, sizes, input_shape = "digits", (1257, 270, 270), (1, 8, 8)
+    params: ClassVar = {"model": "resnet"}
+
+
+class TestDigitsDepthwise(TaskContract):
+    name, sizes, input_shape = "digits", (1257, 270, 270), (1, 8, 8)
+    params: ClassVar = {"model": "depthwise"}
+
+
+class TestDigitsTransformer(TaskContract):
+    name, sizes, input_shape = "digits", (1257, 270, 270), (1, 8, 8)
+    params: ClassVar = {"model": "transformer"}
+
+
+class TestDigitsLSTM(TaskContract):
+    name, sizes, input_shape = "digits", (1257, 270, 270), (1, 8, 8)
+    params: ClassVar = {"model": "lstm"}
+
+
+class TestDigitsTied(TaskContract):
+    name, sizes, input_shape = "digits", (1257, 270, 270), (1, 8, 8)
+    params: ClassVar = {"model": "tied"}
+    last_layer = "fc2"  # the output layer is the embedding, which comes first
 
 
 class TestMnist1d(TaskContract):
@@ -45,6 +81,12 @@ class TestMnist1dConv(TaskContract):
     name, sizes, input_shape = "mnist1d", (3200, 800, 1000), (40,)
     stratified = ("train", "valid")
     params: ClassVar = {"model": "conv"}
+
+
+class TestMnist1dLSTM(TaskContract):
+    name, sizes, input_shape = "mnist1d", (3200, 800, 1000), (40,)
+    stratified = ("train", "valid")
+    params: ClassVar = {"model": "lstm"}
 
 
 def test_every_builtin_task_is_under_contract() -> None:
@@ -84,14 +126,23 @@ def test_digits_in_28_have_a_margin_of_four() -> None:
 @pytest.mark.parametrize(
     ("task", "params", "said"),
     [
-        (mnist.task, {"model": "resnet"}, "task 'mnist': model = 'resnet' is not one of 'lenet-300-100', 'lenet-conv'"),
+        (
+            mnist.task,
+            {"model": "resnet50"},
+            "task 'mnist': model = 'resnet50' is not one of 'lenet-300-100', 'lenet-conv', 'resnet', 'depthwise', "
+            "'transformer', 'lstm', 'tied'",
+        ),
         (mnist.task, {"hidden": 0}, "task 'mnist': hidden = 0 is not a positive whole number"),
         (mnist.task, {"hidden": 3.5}, "task 'mnist': hidden = 3.5 is not a positive whole number"),
         (mnist.task, {"hidden": True}, "task 'mnist': hidden = True is not a positive whole number"),
         (digits.task, {"size": 16}, "task 'digits': size = 16 is not one of 8, 28"),
         (digits.task, {"model": "lenet-conv"}, "task 'digits': model = 'lenet-conv' needs size = 28, not 8"),
         (mnist1d.task, {"hidden2": -1}, "task 'mnist1d': hidden2 = -1 is not a positive whole number"),
-        (mnist1d.task, {"model": "lenet"}, "task 'mnist1d': model = 'lenet' is not one of 'mlp', 'conv'"),
+        (
+            mnist1d.task,
+            {"model": "lenet"},
+            "task 'mnist1d': model = 'lenet' is not one of 'mlp', 'conv', 'transformer', 'lstm'",
+        ),
     ],
 )
 def test_wrong_parameters(task: Any, params: dict[str, Any], said: str) -> None:

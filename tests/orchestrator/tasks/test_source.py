@@ -232,7 +232,7 @@ def test_what_cannot_be_collected(tmp_path: Path) -> None:
         ("bad.py", r"helper.py:2: .*: def f\(:"),
         (
             "mnits",
-            "task 'mnits': no module of that name in .*; did you mean 'mnist'.* Built in: digits, mnist, mnist1d; ",
+            "task 'mnits': no module of that name in .*; did you mean 'mnist'.* Built in: digits, mnist, mnist-pretrained, mnist1d; ",
         ),
         ("binary.py", "binary.py cannot be read: "),
     ):
