@@ -1,0 +1,1 @@
+"""Lottery tickets: combined, compared, controlled and carried to another task. Pure: tensors in, values out."""
