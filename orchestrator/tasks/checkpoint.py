@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.errors import TaskError
-from orchestrator.tasks.source import Checkpoint, checkpoint_bytes
+from orchestrator.tasks.source import Sent, sent_bytes
 
 LEGAL = "legal: names to tensors, as model.state_dict() gives them"
 
 
-def read_checkpoint(checkpoint: Checkpoint, root: Path | None = None) -> dict[str, Tensor]:
+def read_checkpoint(checkpoint: Sent, root: Path | None = None) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` file, or of a `.pt`, `.pth` or `.bin` file that holds a state dict.
 
     Only tensors are ever unpickled: no code in the file is run.
@@ -27,7 +27,7 @@ def read_checkpoint(checkpoint: Checkpoint, root: Path | None = None) -> dict[st
     Raises:
         TaskError: the file cannot be read, is no state dict, or holds NaN or infinite values.
     """
-    data, what = checkpoint_bytes(checkpoint, root), f"checkpoint {checkpoint.name!r}"
+    data, what = sent_bytes(checkpoint, root), f"checkpoint {checkpoint.name!r}"
     try:
         found = _parsed(checkpoint.name, data)
     except pickle.UnpicklingError as error:

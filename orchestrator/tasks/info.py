@@ -45,6 +45,14 @@ class UnitCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GivenTicket:
+    """The ticket file that a study starts from: the hash of what it holds, and the tensors that it masks."""
+
+    sha256: str
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskInfo:
     """A task as the driver sees it."""
 
@@ -69,6 +77,14 @@ class TaskInfo:
     """By structure, for those that the study names."""
     flops: Mapping[str, int] = field(default_factory=dict)
     """Operations of one forward pass by parameter, "" for those without one; only where the study has a budget."""
+    others: Mapping[str, TaskInfo] = field(default_factory=dict)
+    """The study's other tasks, by the names that it calls them."""
+    ticket: GivenTicket | None = None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digest of every task of the study by its name; the study's own has none."""
+        return {"": self.digest} | {name: other.digest for name, other in self.others.items()}
 
     def steps_per_epoch(self, batch_size: int) -> int:
         """Optimizer steps in one epoch; the last, smaller batch is used too."""

@@ -37,13 +37,15 @@ OUR_OWN = ("orchestrator", "search")
 """Folders of `HOUSE`: never local, even for a study that lies beside them."""
 
 LARGEST_SENT = 100_000_000
-"""Bytes of a checkpoint that are sent to workers; a larger one must lie where they can read it."""
+"""Bytes of a file that are sent to workers; a larger one must lie where they can read it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A user's file of weights, as plain data that can travel to a worker."""
+class Sent:
+    """A user's file, such as a checkpoint, as plain data that can travel to a worker."""
 
+    kind: str
+    """What messages call it."""
     name: str
     """As the study file has it, relative to its folder."""
     sha256: str
@@ -63,7 +65,7 @@ class Source:
     """Text by path, relative to the study's folder, or to the task's where that lies elsewhere."""
     digest: str
     """SHA-256 over the module's name and the files; no absolute path is in it."""
-    checkpoint: Checkpoint | None = None
+    checkpoint: Sent | None = None
     """What is laid over the task's model. Its tensors enter the task's digest, not this one."""
 
     @property
@@ -85,24 +87,24 @@ def collect(name: str, root: Path, checkpoint: str = "") -> Source:
             Or the checkpoint cannot be read.
     """
     source = _builtin(name) if name in BUILTIN else _collect(name, name, root, kind="task")
-    return replace(source, checkpoint=_checkpoint(checkpoint, root)) if checkpoint else source
+    return replace(source, checkpoint=to_send("checkpoint", checkpoint, root)) if checkpoint else source
 
 
-def checkpoint_bytes(checkpoint: Checkpoint, root: Path | None = None) -> bytes:
-    """What the checkpoint's file held when it was collected: as it was sent, else read below `root`.
+def sent_bytes(sent: Sent, root: Path | None = None) -> bytes:
+    """What a file held when it was collected: as it was sent, else read below `root`.
 
     Raises:
         TaskError: it was too large to be sent, and the file is not there or is another one.
     """
-    if checkpoint.data is not None:
-        return checkpoint.data
-    path = (root or Path()) / checkpoint.name
-    where = f"checkpoint {checkpoint.name!r} is too large to be sent to workers, and {path} on {platform.node()}"
+    if sent.data is not None:
+        return sent.data
+    path = (root or Path()) / sent.name
+    where = f"{sent.kind} {sent.name!r} is too large to be sent to workers, and {path} on {platform.node()}"
     try:
         data = path.read_bytes()
     except OSError as error:
         raise TaskError(f"{where} cannot be read: {error.strerror}; put it on a disk that they share") from error
-    if sha256(data).hexdigest() != checkpoint.sha256:
+    if sha256(data).hexdigest() != sent.sha256:
         raise TaskError(f"{where} is another file; put it on a disk that they share")
     return data
 
@@ -175,17 +177,22 @@ def _place(error: BaseException, source: Source) -> str:
     return ""
 
 
-def _checkpoint(name: str, root: Path) -> Checkpoint:
+def to_send(kind: str, name: str, root: Path) -> Sent:
+    """The file called `name`, relative to `root`, with its content where that is small enough.
+
+    Raises:
+        TaskError: it cannot be read; messages call it a `kind`.
+    """
     path = root.resolve() / name
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_SENT + 1)
             if len(data) <= LARGEST_SENT:
-                return Checkpoint(name=name, sha256=sha256(data).hexdigest(), data=data)
+                return Sent(kind=kind, name=name, sha256=sha256(data).hexdigest(), data=data)
             file.seek(0)
-            return Checkpoint(name=name, sha256=file_digest(file, "sha256").hexdigest(), data=None)
+            return Sent(kind=kind, name=name, sha256=file_digest(file, "sha256").hexdigest(), data=None)
     except OSError as error:
-        raise TaskError(f"checkpoint {name!r}: cannot read {path}: {error.strerror}") from error
+        raise TaskError(f"{kind} {name!r}: cannot read {path}: {error.strerror}") from error
 
 
 def _builtin(name: str) -> Source:
