@@ -1,4 +1,4 @@
-"""The settings of one trial: what the study fixes, with what the sampler chose laid over it."""
+"""The settings of one trial, section by section: what may be said, and what each thing said must look like."""
 
 from __future__ import annotations
 
@@ -6,18 +6,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from orchestrator.errors import InputError, PlanError, UnknownName
-from orchestrator.pruning import allocation, criteria, schedules
+from orchestrator.errors import InputError, UnknownName
+from orchestrator.pruning import allocation, criteria, patterns, penalties, regrow, schedules
 from orchestrator.registry import Registry
 
 Optimizer = Literal["adam", "adamw", "sgd"]
 LrSchedule = Literal["constant", "step", "linear", "cosine"]
 Retrain = Literal["none", "finetune", "rewind", "lr-rewind", "reinit"]
-Phase = Literal["before", "during", "after"]
-Structure = Literal["weight"]
+Phase = Literal["before", "during", "after", "ticket"]
 ThresholdUnit = Literal["absolute", "std"]
+Vary = Literal["order", "criterion", "data", "tasks"]
+Rule = Literal["intersection", "union", "at-least", "weighted", "most-voted"]
+
+HOW_MUCH = ("rate", "sparsity", "unit_sparsity", "threshold", "flops_budget", "params_budget")
+"""The names that say how much to prune; a proposal has exactly one of them."""
+FINAL = ("sparsity", "unit_sparsity", "flops_budget", "params_budget")
+"""Those of them that name the end, which a schedule spreads over the rounds."""
+NORMS = ("l1", "l2", "linf", "sum", "mean", "first")
+"""The names in `structure.NORMS`, which needs torch."""
 
 Number = Annotated[float, Strict()]
 """An int or a float; neither true nor "0.5"."""
@@ -55,7 +72,17 @@ class TrainSettings(Section):
     momentum: Number = Field(default=0.0, ge=0, lt=1, description="of sgd")
     weight_decay: Number = Field(default=0.0, ge=0)
     warmup_epochs: Epochs = Field(default=0, description="lr rises linearly over them")
+    penalty: str = Field(default="none", description="drives weights to zero while training; see `list penalties`")
+    penalty_strength: Number = Field(default=0.0, ge=0, description="factor on the penalty in the loss")
+    shrunk: bool = Field(
+        default=False, strict=True, description="train without the units that are removed, in a really smaller model"
+    )
     evaluate_every: Epochs = Field(default=0, description="epochs between points of the learning curve; 0: none")
+
+    @field_validator("penalty")
+    @classmethod
+    def _penalty(cls, name: str) -> str:
+        return _none_or_known(name, penalties.PENALTIES)
 
     def step_epochs(self) -> tuple[float, ...]:
         """Where the `step` schedule lowers the learning rate."""
@@ -70,6 +97,16 @@ class PruneSettings(Section):
     threshold_any_criterion: bool = Field(
         default=False, description="allow a threshold on scores that are no magnitudes"
     )
+    floor: Whole = Field(
+        default=1,
+        ge=0,
+        le=10**9,
+        description="so many weights, or units, stay in every layer at least; 0: none need to",
+    )
+    round_to: Whole = Field(default=1, ge=1, le=10**6, description="units left in a layer are a multiple of this")
+    recalibrate: Whole = Field(
+        default=0, ge=0, le=10**9, description="training examples for new batch-norm statistics after each pruning"
+    )
 
     @field_validator("layer_factors")
     @classmethod
@@ -80,6 +117,121 @@ class PruneSettings(Section):
         return factors
 
 
+class OtherTask(Section):
+    """`[[tickets.tasks]]`: another task, for searches on several tasks and for tickets that are tried on another."""
+
+    task: str = Field(description="as the study's own: built in, 'my_task.py' or 'package.module'")
+    name: str = Field(default="", description="what the study calls it; default: its task's name")
+    task_params: dict[str, Any] = Field(default={}, description="arguments of the task function")
+    checkpoint: str = Field(default="", description="a file of weights that its model starts from")
+    leave: tuple[str, ...] = Field(
+        default=(), description="patterns of layers that stay its own although the study's task has the same"
+    )
+
+    @property
+    def label(self) -> str:
+        """What the study calls it."""
+        return self.name or self.task
+
+
+class TicketSettings(Section):
+    """`[tickets]`: what each ticket is compared with. A ticket is a mask over the weights that it starts from."""
+
+    controls: tuple[str, ...] = Field(
+        default=(), description="see `list controls`; 'missing-the-mark' is three of them"
+    )
+    draws: Whole = Field(
+        default=1, ge=1, le=100, description="how often a control that draws, or reinitialises, is run"
+    )
+    rounds: tuple[Whole, ...] = Field(
+        default=(), description="the rounds whose tickets are compared; default: the last"
+    )
+    criteria: tuple[str, ...] = Field(default=(), description="the searches' criteria, where vary = 'criterion'")
+    weights: tuple[Number, ...] = Field(
+        default=(), description="rule 'weighted': each search's vote; kept is what holds half of all votes"
+    )
+    tasks: tuple[OtherTask, ...] = Field(default=(), description="other tasks; vary = 'tasks' searches on them in turn")
+    transfer_to: tuple[str, ...] = Field(default=(), description="the names of those on which tickets are tried")
+    transfer_controls: tuple[str, ...] = Field(
+        default=("dense", "dense-transferred", "shuffled", "random-layer", "reinitialised", "one-shot"),
+        description="what a ticket is compared with there: controls, and its weights without the mask",
+    )
+    ticket: str = Field(default="", description="a ticket file to start from, where phase = 'ticket'")
+
+    @field_validator("criteria")
+    @classmethod
+    def _known_criteria(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for place, name in enumerate(names):
+            if name not in criteria.CRITERIA or ":" in name:
+                raise ValueError(str(UnknownName("criterion", name, criteria.CRITERIA.names)))
+            if name in names[:place]:
+                raise ValueError(f"{name!r} is named twice: two searches would be one")
+        return names
+
+    @field_validator("weights")
+    @classmethod
+    def _votes(cls, weights: tuple[float, ...]) -> tuple[float, ...]:
+        for weight in weights:
+            if weight <= 0:
+                raise ValueError(f"a search's vote weighs {weight:g}; legal: above 0")
+        return weights
+
+    @field_validator("controls")
+    @classmethod
+    def _known_controls(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in CONTROLS and name != "missing-the-mark":
+                raise ValueError(str(UnknownName("control", name, [*CONTROLS, "missing-the-mark"])))
+        return names
+
+    @field_validator("transfer_controls")
+    @classmethod
+    def _known_there(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in TRANSFER_CONTROLS:
+                raise ValueError(str(UnknownName("control", name, TRANSFER_CONTROLS)))
+        return tuple(dict.fromkeys(names))
+
+    @field_validator("ticket")
+    @classmethod
+    def _file(cls, path: str) -> str:
+        if path and not path.endswith(".safetensors"):
+            raise ValueError(f"{path!r} must end in .safetensors")
+        return path
+
+    @model_validator(mode="after")
+    def _named_tasks(self) -> TicketSettings:
+        names = [task.label for task in self.tasks]
+        for place, name in enumerate(names):
+            if name in names[:place]:
+                raise ValueError(f"two tasks are called {name!r}; legal: a name for one of them")
+        for name in self.transfer_to:
+            if name not in names:
+                raise ValueError(f"transfer_to: {UnknownName('task in [[tickets.tasks]]', name, names)}")
+        return self
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The controls one by one."""
+        sets = [MISSING_THE_MARK if name == "missing-the-mark" else (name,) for name in self.controls]
+        return tuple(dict.fromkeys(name for names in sets for name in names))
+
+
+CONTROLS = (
+    *("dense", "dense-long", "one-shot", "imp"),
+    *("shuffled", "random", "random-layer", "inverted", "reinitialised", "sign-kept", "sign-constant"),
+    "sibling",
+)
+"""What a ticket may be compared with: other ways to get there, and the kinds in `tickets.controls.CONTROLS`.
+
+A sibling is no rival: it is the same network trained again in another order of the data, for `tickets --stability`.
+"""
+TRANSFER_CONTROLS = ("dense-transferred", *(name for name in CONTROLS if name not in ("dense-long", "sibling")))
+"""What a ticket may be compared with on another task; "one-shot" and "imp" find a mask of that task's own."""
+MISSING_THE_MARK = ("shuffled", "reinitialised", "inverted")
+"""The sanity checks of Frankle et al. (2021) for pruning before training."""
+
+
 class Choices(Section):
     """What one proposal says of pruning: the names of `[space]` that are not of `[train]`, and their legal ranges."""
 
@@ -88,10 +240,21 @@ class Choices(Section):
     allocation: str = Field(
         default="uniform", description="how a final sparsity spreads over layers; see `list allocations`"
     )
-    structure: Structure = Field(default="weight", description="what is removed as one")
+    structure: str = Field(default="weight", description="what is removed as one; see `list structures`")
+    norm: str = Field(default="", description="how scores of weights become one of a unit; see `list norms`")
+    only: str | None = Field(default=None, description="pattern of the layers to prune; all others are left alone")
     rate: Number | None = Field(default=None, gt=0, lt=1, description="fraction of what is left, pruned in each round")
     sparsity: Number | None = Field(
         default=None, gt=0, lt=1, description="masked fraction of all prunable weights in the end"
+    )
+    unit_sparsity: Number | None = Field(
+        default=None, gt=0, lt=1, description="removed fraction of the units in the end"
+    )
+    flops_budget: Number | None = Field(
+        default=None, gt=0, lt=1, description="fraction of the dense model's FLOPs that is left in the end"
+    )
+    params_budget: Number | None = Field(
+        default=None, gt=0, lt=1, description="fraction of the dense model's parameters that is left in the end"
     )
     threshold: Number | None = Field(default=None, gt=0, description="scores below it are pruned in each round")
     threshold_unit: ThresholdUnit = "absolute"
@@ -102,6 +265,22 @@ class Choices(Section):
     phase: Phase = "after"
     prune_begin: Epochs | None = Field(default=None, description="phase 'during': epoch of the first pruning")
     prune_end: Epochs | None = Field(default=None, description="phase 'during': epoch of the last pruning")
+    prune_every: Epochs | None = Field(
+        default=None, gt=0, description="phase 'during': epochs from one pruning to the next, instead of rounds"
+    )
+    prune_every_steps: Steps | None = Field(default=None, gt=0, description="the same in optimizer steps")
+    regrow: str = Field(default="none", description="what grows back while training; see `list regrowths`")
+    regrow_fraction: Number = Field(
+        default=0.3, gt=0, lt=1, description="fraction of each layer's kept weights that is replaced, falling to 0"
+    )
+    searches: Whole = Field(default=1, ge=1, le=1000, description="searches whose masks are combined to one ticket")
+    vary: Vary = Field(default="order", description="what differs between the searches")
+    rule: Rule = Field(default="intersection", description="how their masks become one; see `list rules`")
+    at_least: Whole | None = Field(default=None, ge=1, description="rule 'at-least': how many searches keep a weight")
+    ticket_sparsity: Number | None = Field(default=None, gt=0, lt=1, description="rule 'most-voted': what it leaves")
+    data_share: Number = Field(default=0.5, gt=0, lt=1, description="vary 'data': fraction that each search trains on")
+    regrow_every: Epochs = Field(default=1, gt=0, description="epochs from one replacement to the next")
+    regrow_end: Epochs | None = Field(default=None, description="epoch of the last replacement; default: at 3/4")
     retrain: Retrain = "finetune"
     rewind_epoch: Epochs = Field(default=0, description="where `rewind` goes back to; 0 is init")
     rewind_step: Steps | None = Field(default=None, description="the same in optimizer steps")
@@ -114,6 +293,33 @@ class Choices(Section):
         if name not in registry and not of_user:
             raise ValueError(str(UnknownName(registry.kind, name, registry.names)))
         return name
+
+    @field_validator("structure")
+    @classmethod
+    def _structure(cls, name: str) -> str:
+        named = name == "weight" or name in patterns.UNITS
+        if not (named or patterns.n_of_m(name) or patterns.block_size(name)):
+            legal = ["weight", *patterns.UNITS, "N:M such as 2:4", "RxC such as 4x1"]
+            raise ValueError(str(UnknownName("structure", name, legal)))
+        return name
+
+    @field_validator("regrow")
+    @classmethod
+    def _regrow(cls, name: str) -> str:
+        return _none_or_known(name, regrow.REGROW)
+
+    @field_validator("norm")
+    @classmethod
+    def _norm(cls, name: str) -> str:
+        if name and name not in NORMS:
+            raise ValueError(str(UnknownName("norm", name, NORMS)))
+        return name
+
+
+def _none_or_known(name: str, registry: Registry[Any]) -> str:
+    if name != "none" and name not in registry:
+        raise ValueError(str(UnknownName(registry.kind, name, ["none", *registry.names])))
+    return name
 
 
 _REGISTRIES: dict[str, Registry[Any]] = {
@@ -135,50 +341,11 @@ class Settings:
 
     train: TrainSettings
     choices: Choices
-    ignore: tuple[str, ...] = ()
-    layer_factors: Mapping[str, float] = field(default_factory=dict)
+    prune: PruneSettings = field(default_factory=PruneSettings)
+    tickets: TicketSettings = field(default_factory=TicketSettings)
     layer_targets: Mapping[str, float] = field(default_factory=dict)
     criterion_parameters: Mapping[str, Any] = field(default_factory=dict)
     criterion_code: str = ""
-
-
-def resolve(
-    train: TrainSettings, prune: PruneSettings, params: Mapping[str, Any], code: Mapping[str, str] | None = None
-) -> Settings:
-    """Lay a proposal's flat parameters over the study's constants.
-
-    Args:
-        train: the study's `[train]`.
-        prune: the study's `[prune]`.
-        params: name -> value as the sampler chose them; `layers.PATTERN.rate` and `criteria.NAME.PARAMETER` included.
-        code: digests of the sources of users' own criteria, by name.
-
-    Raises:
-        PlanError: a value out of its range or a mix that makes no sense, with the reason.
-    """
-    plain = {name: value for name, value in params.items() if "." not in name}
-    over_train = {name: value for name, value in plain.items() if IN_SPACE.get(name) is TrainSettings}
-    try:
-        merged = TrainSettings.model_validate(train.model_dump() | over_train)
-        choices = Choices.model_validate({n: v for n, v in plain.items() if n not in over_train})
-    except ValidationError as error:
-        raise PlanError("; ".join(complaints(error))) from error
-    try:
-        parameters = _criterion_parameters(choices.criterion, params)
-        layer_targets = _layer_targets(choices, params)
-    except InputError as error:
-        raise PlanError(str(error)) from error
-    settings = Settings(
-        train=merged,
-        choices=choices,
-        ignore=prune.ignore,
-        layer_factors=prune.layer_factors,
-        layer_targets=layer_targets,
-        criterion_parameters=parameters,
-        criterion_code=(code or {}).get(choices.criterion, ""),
-    )
-    _refuse_nonsense(settings, prune)
-    return settings
 
 
 def check_value(name: str, value: Any) -> None:
@@ -189,11 +356,11 @@ def check_value(name: str, value: Any) -> None:
     """
     kind, _, rest = name.partition(".")
     if kind == "layers":
-        _check_layer_target(name, value)
+        check_layer_target(name, value)
     elif kind == "criteria":
         criterion, _, parameter = rest.rpartition(".")
         if ":" not in criterion:
-            _check_criterion_parameters(criterion, {parameter: value})
+            check_criterion_parameters(criterion, {parameter: value})
     else:
         try:
             IN_SPACE[name].model_validate({name: value})
@@ -226,14 +393,7 @@ _PLAINER = {"int_type": "must be a whole number", "float_type": "must be a numbe
 """Words for what pydantic calls a valid integer and a valid number."""
 
 
-def _criterion_parameters(criterion: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    prefix = f"criteria.{criterion}."
-    given = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
-    defaults = _check_criterion_parameters(criterion, given)
-    return {name: value for name, value in given.items() if value != defaults[name]}
-
-
-def _check_criterion_parameters(criterion: str, given: dict[str, Any]) -> dict[str, Any]:
+def check_criterion_parameters(criterion: str, given: dict[str, Any]) -> dict[str, Any]:
     """The criterion's parameters with their defaults, whose types the given values must have."""
     criteria.check_parameters(criterion, given)
     defaults = criteria.parameters(criteria.CRITERIA[criterion])
@@ -246,89 +406,12 @@ def _check_criterion_parameters(criterion: str, given: dict[str, Any]) -> dict[s
     return defaults
 
 
-def _layer_targets(choices: Choices, params: Mapping[str, Any]) -> dict[str, float]:
-    """Values of `[space.layers]` by pattern."""
-    kind = next((name for name in ("threshold", "sparsity", "rate") if getattr(choices, name) is not None), "")
-    targets = {}
-    for name, value in params.items():
-        if name.startswith("layers."):
-            _check_layer_target(name, value)
-            pattern, _, what = name.removeprefix("layers.").rpartition(".")
-            if kind == "threshold":
-                raise PlanError(f"{name}: per-layer targets go with rate or sparsity, not with a threshold")
-            if what != kind:
-                raise PlanError(f"{name}: the study prunes by {kind}; legal here: layers.{pattern}.{kind}")
-            targets[pattern] = float(value)
-    return targets
-
-
-def _check_layer_target(name: str, value: Any) -> None:
+def check_layer_target(name: str, value: Any) -> None:
     pattern, _, what = name.removeprefix("layers.").rpartition(".")
     if not pattern or what not in ("rate", "sparsity"):
         raise InputError(f"{name}: a layer's own target reads layers.PATTERN.rate or layers.PATTERN.sparsity")
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
         raise InputError(f"{name} = {value!r} must be a number from 0 to below 1")
-
-
-def _refuse_nonsense(settings: Settings, prune: PruneSettings) -> None:
-    choices, train = settings.choices, settings.train
-    how_much = [name for name in ("rate", "sparsity", "threshold") if getattr(choices, name) is not None]
-    if len(how_much) != 1:
-        given = " and ".join(how_much) or "none of them"
-        raise PlanError(f"how much to prune is said by exactly one of rate, sparsity and threshold; given: {given}")
-    entry = criteria.CRITERIA[choices.criterion]
-    if choices.threshold is not None and not entry.facts.get("magnitude_like") and not prune.threshold_any_criterion:
-        legal = ", ".join(e.name for e in criteria.CRITERIA if e.facts.get("magnitude_like"))
-        raise PlanError(
-            f"a threshold on the scores of {choices.criterion!r} is no size of a weight; legal: {legal}, "
-            "or prune.threshold_any_criterion = true"
-        )
-    if choices.sparsity is None and choices.allocation != "uniform":
-        raise PlanError(f"allocation {choices.allocation!r} spreads a final sparsity; legal with it: sparsity")
-    if choices.scope == "global" and choices.allocation != "uniform":
-        raise PlanError(f"allocation {choices.allocation!r} is for scope 'layer': the global ranking spreads by itself")
-    if choices.sparsity is not None and bool(settings.layer_targets) != (choices.allocation == "given"):
-        raise PlanError("per-layer sparsities ([space.layers]) and allocation = 'given' go together")
-    if choices.phase != "after":
-        if choices.retrain not in ("none", "finetune"):
-            raise PlanError(f"retrain {choices.retrain!r} belongs to phase 'after'; legal in {choices.phase!r}: none")
-        if train.epochs == 0:
-            raise PlanError(
-                f"phase {choices.phase!r} trains after pruning, but epochs = 0; legal: more, or phase 'after'"
-            )
-    else:
-        _refuse_retrain(choices, train)
-    if choices.phase == "during":
-        begin, end = during(settings)
-        if not 0 < begin <= end < train.epochs:
-            raise PlanError(
-                f"prune_begin {begin:g} to prune_end {end:g} must lie inside training (0 to {train.epochs:g})"
-            )
-
-
-def _refuse_retrain(choices: Choices, train: TrainSettings) -> None:
-    if choices.retrain in ("finetune", "lr-rewind") and train.retrain_epochs == 0:
-        raise PlanError(f"retrain {choices.retrain!r} with retrain_epochs = 0 trains nothing; legal: more, or 'none'")
-    if choices.retrain == "lr-rewind":
-        if train.lr_schedule == "constant":
-            raise PlanError(
-                "retrain 'lr-rewind' under a constant learning rate is the same as 'finetune'; "
-                "legal with it: lr_schedule step, linear or cosine"
-            )
-        if train.retrain_epochs > train.epochs:
-            raise PlanError(f"retrain 'lr-rewind' goes back {train.retrain_epochs:g} of only {train.epochs:g} epochs")
-    if choices.retrain == "reinit" and train.epochs == 0:
-        raise PlanError("retrain 'reinit' trains for epochs, which is 0; legal: more epochs, or 'none' or 'finetune'")
-    if choices.rewind_step is not None and "rewind_epoch" in choices.model_fields_set:
-        raise PlanError("rewind_epoch and rewind_step say the same thing twice; legal: one of them")
-    if choices.retrain == "rewind" and choices.rewind_step is None and choices.rewind_epoch >= train.epochs:
-        raise PlanError(
-            f"rewind_epoch {choices.rewind_epoch:g} leaves nothing to train; legal: below epochs = {train.epochs:g}"
-        )
-    if choices.retrain == "finetune" and train.lr_schedule in ("linear", "cosine") and train.lr_final_fraction == 0:
-        raise PlanError(
-            "fine-tuning goes on at the schedule's final learning rate, which is 0; legal: lr_final_fraction > 0"
-        )
 
 
 def during(settings: Settings) -> tuple[float, float]:

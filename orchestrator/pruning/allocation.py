@@ -1,18 +1,21 @@
-"""How many weights stay where: exact counts, as plain integers.
+"""How many weights, or units, stay where: exact counts, as plain integers.
 
 The driver resolves counts to see that a plan leaves weights everywhere; the worker resolves the same counts to prune.
+What is said of weights and tensors holds for units and the groups that they lie in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import floor, prod
+from random import Random
 
 from orchestrator.errors import PlanError, StageFailed
 from orchestrator.ops import Prune
 from orchestrator.registry import Registry
+from orchestrator.seeds import derive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,9 @@ class Tensors:
         """All prunable weights, protected ones included: the denominator of sparsity."""
         return sum(prod(shape) for shape in self.shapes.values())
 
+
+PROTECTED = " (protected)"
+"""Ends the name under which the protected units of a group are counted."""
 
 SCOPES: Registry[Callable[[Prune, Tensors], dict[tuple[str, ...], int]]] = Registry("scope")
 ALLOCATIONS: Registry[Callable[[Prune, Tensors, int], dict[str, Fraction]]] = Registry("allocation")
@@ -45,7 +51,83 @@ def counts(op: Prune, tensors: Tensors) -> dict[tuple[str, ...], int]:
 
 def after_rate(kept: int, rate: Fraction) -> int:
     """kept - floor(rate · kept + ½), exactly as the rate is written in decimal."""
-    return kept - floor(rate * kept + Fraction(1, 2))
+    return kept - rounded_half_up(rate * kept)
+
+
+def rounded_half_up(value: Fraction) -> int:
+    """floor(value + ½)."""
+    return floor(value + Fraction(1, 2))
+
+
+def at_fraction(op: Prune, tensors: Tensors, fraction: Fraction) -> dict[tuple[str, ...], int]:
+    """How many stay in each group when `fraction` of what is left is dropped everywhere, times each layer's factor.
+
+    Never more at a higher fraction, so that a fraction for any target can be found by bisection.
+    """
+    free = _free(op, tensors)
+    if op.scope == "global":
+        return {free: after_rate(_kept(free, tensors), fraction)}
+    factors = dict(op.factors)
+    shares = {name: min(Fraction(1), fraction * exact(factors.get(name, 1.0))) for name in free}
+    return {(name,): after_rate(tensors.kept[name], shares[name]) for name in free}
+
+
+def by_row(op: Prune, name: str, kept: Sequence[int], total: int) -> list[int]:
+    """How many weights stay in each row of a tensor.
+
+    Under a rate every row gives that rate of what it has; under a final sparsity the rows share the tensor's `total` in
+    proportion to what they have, the largest remainders rounded up. Where rows would come to less than the floor of
+    the tensor, they share the floor like that.
+
+    Args:
+        op: with scope "row".
+        name: of the tensor.
+        kept: how many weights each row has now.
+        total: how many stay in the tensor, from `counts`.
+    """
+    if op.rate is not None:
+        rate = _rate(op, name)
+        after = {count: after_rate(count, rate) for count in set(kept)}
+        total = sum(after[count] for count in kept)
+    floor_ = min(op.floor, sum(kept))
+    if op.rate is not None and total >= floor_:
+        return [after[count] for count in kept]
+    whole = max(1, sum(kept))
+    rows = list(range(len(kept)))
+    Random(derive(0, "rows", name)).shuffle(rows)  # among equal remainders no row comes first by its place
+    shares = _whole({str(row): Fraction(max(total, floor_) * kept[row], whole) for row in rows})
+    return [shares[str(row)] for row in range(len(kept))]
+
+
+def by_group(
+    op: Prune, groups: Mapping[str, Mapping[tuple[str, ...], int]]
+) -> tuple[Prune, dict[str, tuple[int, ...]]]:
+    """The op with groups of units in the place of tensors, and the shape of each group: how many units it has.
+
+    A unit is protected with any tensor that makes it; those of a group that are not all protected count under a name
+    of their own. Of several makers, the smallest factor and the smallest target hold.
+
+    Args:
+        op: whose factors and targets are those of tensors.
+        groups: by group, how many units are made by which tensors together.
+    """
+    factors, targets = dict(op.factors), dict(op.targets)
+    shapes: dict[str, tuple[int, ...]] = {}
+    scaled: dict[str, float] = {}
+    given: dict[str, float] = {}
+    for name, made_by in groups.items():
+        free = {makers: count for makers, count in made_by.items() if all(factors.get(m, 1.0) for m in makers)}
+        makers = [maker for names in free for maker in names]
+        if free:
+            shapes[name] = (sum(free.values()),)
+            scaled[name] = min((factors.get(maker, 1.0) for maker in makers), default=1.0)
+            given |= (
+                {name: min(targets[maker] for maker in makers if maker in targets)} if targets.keys() & makers else {}
+            )
+        if len(free) < len(made_by):
+            held = name + PROTECTED
+            shapes[held], scaled[held] = (sum(made_by.values()) - sum(free.values()),), 0.0
+    return replace(op, factors=tuple(scaled.items()), targets=tuple(given.items())), shapes
 
 
 def exact(value: float) -> Fraction:
@@ -67,16 +149,20 @@ def global_scope(op: Prune, tensors: Tensors) -> dict[tuple[str, ...], int]:
 def layer_scope(op: Prune, tensors: Tensors) -> dict[tuple[str, ...], int]:
     """Each tensor is ranked by itself."""
     free = _free(op, tensors)
-    factors = dict(op.factors)
-    given = dict(op.targets)
     if op.rate is not None:
-        rates = {n: exact(given[n]) if n in given else exact(op.rate) * exact(factors.get(n, 1.0)) for n in free}
-        for name, rate in rates.items():
-            if rate >= 1:
-                raise PlanError(f"the rate in {name!r} comes to {float(rate):g}; legal: below 1")
-        return {(name,): after_rate(tensors.kept[name], rates[name]) for name in free}
+        return {(name,): after_rate(tensors.kept[name], _rate(op, name)) for name in free}
     wanted = ALLOCATIONS[op.allocation].function(op, tensors, _still_to_drop(op, tensors, _kept(free, tensors)))
     return {(name,): kept for name, kept in _whole(wanted).items()}
+
+
+@scope("row")
+def row_scope(op: Prune, tensors: Tensors) -> dict[tuple[str, ...], int]:
+    """Each output's weights are ranked by themselves: the rows of a matrix, the filters of a convolution."""
+    if op.rate is None:
+        return layer_scope(op, tensors)
+    rows = {name: max(1, tensors.shapes[name][0]) for name in _free(op, tensors)}
+    # Rows that were dense have equally many; what differs is counted where the masks are at hand.
+    return {(n,): rows[n] * after_rate(tensors.kept[n] // rows[n], _rate(op, n)) for n in _free(op, tensors)}
 
 
 @allocation("uniform")
@@ -140,6 +226,16 @@ def given(op: Prune, tensors: Tensors, drop: int) -> dict[str, Fraction]:
     return {name: (named | shared)[name] for name in _free(op, tensors)}
 
 
+def _rate(op: Prune, name: str) -> Fraction:
+    """The rate in one tensor: its own target, or the op's times the layer's factor."""
+    assert op.rate is not None
+    given = dict(op.targets)
+    rate = exact(given[name]) if name in given else exact(op.rate) * exact(dict(op.factors).get(name, 1.0))
+    if rate >= 1:
+        raise PlanError(f"the rate in {name!r} comes to {float(rate):g}; legal: below 1")
+    return rate
+
+
 def _refuse_factors(op: Prune) -> None:
     for name, factor in op.factors:
         if factor not in (0, 1):
@@ -157,11 +253,12 @@ def _kept(names: tuple[str, ...], tensors: Tensors) -> int:
 
 def _still_to_drop(op: Prune, tensors: Tensors, kept: int) -> int:
     assert op.sparsity is not None
-    wanted = floor(exact(op.sparsity) * tensors.total + Fraction(1, 2))
+    wanted = rounded_half_up(exact(op.sparsity) * tensors.total)
     masked = tensors.total - sum(tensors.kept.values())
     if wanted - masked > kept:
+        what, things = ("sparsity", "weights") if op.unit_sparsity is None else ("unit_sparsity", "units")
         raise StageFailed(
-            f"a sparsity of {op.sparsity:g} masks {wanted} weights, but only {masked + kept} are not protected"
+            f"a {what} of {op.sparsity:g} masks {wanted} {things}, but only {masked + kept} are not protected"
         )
     return max(0, wanted - masked)
 
@@ -169,7 +266,7 @@ def _still_to_drop(op: Prune, tensors: Tensors, kept: int) -> int:
 def _whole(wanted: Mapping[str, Fraction]) -> dict[str, int]:
     """Whole numbers with the same sum: the largest remainders are rounded up, the earlier layer first among equals."""
     whole = {name: floor(value) for name, value in wanted.items()}
-    missing = floor(sum(wanted.values()) + Fraction(1, 2)) - sum(whole.values())
+    missing = rounded_half_up(sum(wanted.values(), Fraction(0))) - sum(whole.values())
     by_remainder = sorted(wanted, key=lambda name: wanted[name] - whole[name], reverse=True)
     for name in by_remainder[:missing]:
         whole[name] += 1

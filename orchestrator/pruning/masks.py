@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orchestrator.errors import NotFinite
 from orchestrator.seeds import derive
+
+Ties = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""What decides between equal scores: from a tensor's number and flat places in it to their magnitudes and hashes."""
+
+CHUNK = 1 << 22
+"""Scores are looked at in pieces of so many, so that selecting among many takes little memory beside them."""
+
+Values = NDArray[np.floating[Any]]
+Keys = NDArray[Any]
 
 
 def keep_top(scores: Tensor, keep: int, ties: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
@@ -26,36 +37,213 @@ def keep_top(scores: Tensor, keep: int, ties: Callable[[], tuple[Tensor, Tensor]
     Raises:
         NotFinite: a score is NaN or infinite, so that there is no order.
     """
-    count = scores.numel()
-    assert 0 <= keep <= count, f"cannot keep {keep} of {count}"
-    if not torch.isfinite(scores).all():
-        bad = int((~torch.isfinite(scores)).sum())
-        raise NotFinite(f"{bad} of {count} scores are NaN or infinite")
-    if keep == 0:
-        return torch.zeros(count, dtype=torch.bool)
-    threshold = torch.kthvalue(scores, count - keep + 1).values
-    kept = scores > threshold
-    tied = torch.nonzero(scores == threshold).squeeze(1)
-    wanted = keep - int(kept.sum())
-    if wanted < tied.numel():
+
+    def at(_: int, places: Tensor) -> tuple[Tensor, Tensor]:
         magnitudes, hashes = ties()
-        order = np.lexsort((hashes[tied].numpy(), -magnitudes[tied].double().numpy()))
-        tied = tied[torch.from_numpy(order[:wanted].copy())]
-    kept[tied] = True
+        return magnitudes[places], hashes[places]
+
+    return select([scores], [None], keep, at)[0]
+
+
+def select(scores: Sequence[Tensor], among: Sequence[Tensor | None], keep: int, ties: Ties) -> list[Tensor]:
+    """Masks with exactly `keep` True entries in all, at the highest scores of all tensors together.
+
+    Takes time in proportion to the number of scores, and little memory beside them however many they are.
+
+    Args:
+        scores: of any shapes, floating point, on the CPU; higher is kept.
+        among: for each tensor where entries may be kept, bool of its shape; None: everywhere.
+        keep: how many stay, at most as many as there are in `among`.
+        ties: asked for only where equal scores must be told apart.
+
+    Raises:
+        NotFinite: a score in `among` is NaN or infinite, so that there is no order.
+    """
+    available = sum(s.numel() if a is None else count(a) for s, a in zip(scores, among, strict=True))
+    assert 0 <= keep <= available, f"cannot keep {keep} of {available}"
+    _refuse_not_finite(scores, among, available)
+    if keep == 0:
+        return [torch.zeros(s.shape, dtype=torch.bool) for s in scores]
+    threshold = _kth_largest(scores, among, keep)
+    if any(s.dtype != _common(scores) for s in scores):
+        scores = [s.to(_common(scores)) for s in scores]  # else the threshold itself would be rounded
+    kept = [_and((s >= threshold).contiguous(), a) for s, a in zip(scores, among, strict=True)]
+    excess = sum(count(mask) for mask in kept) - keep
+    if excess:
+        tied = [
+            torch.from_numpy(np.flatnonzero(_and(s == threshold, a).numpy()))
+            for s, a in zip(scores, among, strict=True)
+        ]
+        found = [ties(number, places) for number, places in enumerate(tied)]
+        magnitudes = np.concatenate([magnitude.double().numpy() for magnitude, _ in found])
+        hashes = np.concatenate([own.numpy() for _, own in found])
+        worst = np.zeros(len(hashes), dtype=bool)
+        worst[np.lexsort((hashes, -magnitudes))[-excess:]] = True
+        dropped = torch.split(torch.from_numpy(worst), [len(places) for places in tied])
+        for mask, places, mine in zip(kept, tied, dropped, strict=True):
+            mask.view(-1)[places[mine]] = False
     return kept
+
+
+def ranks(scores: Sequence[Tensor], among: Sequence[Tensor | None], ties: Ties) -> list[Tensor]:
+    """The place of each score in the order of all tensors together, from the highest at 0; int64 of the scores' shapes.
+
+    The first k places are those that `select` keeps. Entries outside `among` come after all others.
+
+    Raises:
+        NotFinite: as `select` does.
+    """
+    _refuse_not_finite(
+        scores, among, sum(s.numel() if a is None else count(a) for s, a in zip(scores, among, strict=True))
+    )
+    flat = [s.reshape(-1) for s in scores]
+    found = [ties(number, torch.arange(s.numel())) for number, s in enumerate(flat)]
+    kept = [_everywhere(s) if a is None else a.reshape(-1) for s, a in zip(flat, among, strict=True)]
+    order = _best_first(
+        torch.cat([s.double() for s in flat]),
+        torch.cat(kept),
+        torch.cat([magnitudes.double() for magnitudes, _ in found]),
+        torch.cat([hashes for _, hashes in found]),
+    )
+    parts = torch.split(_places(order), [s.numel() for s in flat])
+    return [part.reshape(s.shape) for part, s in zip(parts, scores, strict=True)]
+
+
+def ranks_in_rows(scores: Tensor, among: Tensor | None, magnitudes: Tensor, hashes: Tensor) -> Tensor:
+    """The place of each score in the order of its own row, the last dimension, from the highest at 0; int64.
+
+    All four are of one shape; ties fall and entries outside `among` come last as in `ranks`.
+
+    Raises:
+        NotFinite: as `select` does.
+    """
+    _refuse_not_finite([scores], [among], scores.numel() if among is None else count(among))
+    return _places(_best_first(scores, _everywhere(scores) if among is None else among, magnitudes, hashes))
 
 
 def index_hashes(name: str, count: int) -> Tensor:
     """A hash for each entry of the tensor called `name`: shape (count,), int64, the same on every worker."""
+    return hashes_at(name, torch.arange(count))
+
+
+def hashes_at(name: str, places: Tensor) -> Tensor:
+    """The hashes of the entries at `places` (int64, flat) of the tensor called `name`."""
     with np.errstate(over="ignore"):  # splitmix64 (Steele et al., 2014) wraps on purpose
-        z = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(derive(0, "ties", name))
+        z = places.numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(derive(0, "ties", name))
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
     return torch.from_numpy(z.view(np.int64))
 
 
-def sparsity(masks: Mapping[str, Tensor], total: int) -> float:
-    """The masked fraction of `total` prunable weights; tensors without a mask are dense."""
-    masked = sum(mask.numel() - int(mask.sum()) for mask in masks.values())
-    return masked / total
+def count(mask: Tensor) -> int:
+    """How many entries of a mask on the CPU are True; many times faster than their sum."""
+    return int(np.count_nonzero(mask.numpy()))
+
+
+def sparsity(masks: Mapping[str, Tensor], sizes: Mapping[str, int]) -> float:
+    """The masked fraction of the prunable weights; tensors without a mask are dense.
+
+    Args:
+        masks: by parameter name; those of parameters that are not prunable do not count.
+        sizes: how many weights each prunable tensor has.
+    """
+    masked = sum(size - int(masks[name].sum()) for name, size in sizes.items() if name in masks)
+    return masked / sum(sizes.values())
+
+
+def _everywhere(scores: Tensor) -> Tensor:
+    return torch.ones(scores.shape, dtype=torch.bool)
+
+
+def _best_first(scores: Tensor, among: Tensor, magnitudes: Tensor, hashes: Tensor) -> Tensor:
+    """The indices that sort the last dimension; what is not in `among` comes last."""
+    keys = (hashes, -magnitudes.double(), -scores.double(), ~among)
+    return torch.from_numpy(np.lexsort([key.numpy() for key in keys], axis=-1))
+
+
+def _places(order: Tensor) -> Tensor:
+    """Where each index stands in an order of the last dimension."""
+    numbers = torch.arange(order.shape[-1]).expand(order.shape)
+    return torch.empty_like(order).scatter_(-1, order, numbers)
+
+
+def _common(scores: Sequence[Tensor]) -> torch.dtype:
+    """Double precision where one of the tensors is, else single."""
+    return torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32
+
+
+def _pieces(scores: Sequence[Tensor], among: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The scores in pieces of bounded size, each with where it counts."""
+    dtype = _common(scores)
+    for tensor, where in zip(scores, among, strict=True):
+        flat = torch.split(tensor.reshape(-1), CHUNK)
+        wanted = [None] * len(flat) if where is None else torch.split(where.reshape(-1), CHUNK)
+        for piece, mine in zip(flat, wanted, strict=True):
+            yield piece.to(dtype), mine
+
+
+def _filled(scores: Sequence[Tensor], among: Sequence[Tensor | None]) -> Iterator[Values]:
+    """The pieces with the lowest of all numbers where they do not count."""
+    for piece, mine in _pieces(scores, among):
+        yield (piece if mine is None else piece.where(mine, -torch.inf)).numpy()
+
+
+def _refuse_not_finite(scores: Sequence[Tensor], among: Sequence[Tensor | None], available: int) -> None:
+    bad = 0
+    for piece, mine in _pieces(scores, among):
+        finite = np.isfinite(piece.numpy())
+        if not finite.all():
+            bad += int(np.count_nonzero(~finite if mine is None else ~finite & mine.numpy()))
+    if bad:
+        raise NotFinite(f"{bad} of {available} scores are NaN or infinite")
+
+
+def _kth_largest(scores: Sequence[Tensor], among: Sequence[Tensor | None], k: int) -> float:
+    """The k-th largest of the scores; of many, it is sought among those that share its leading bits."""
+    prefix, bits = 0, 0
+    left = sum(s.numel() for s in scores)
+    while left > CHUNK:
+        counts = np.zeros(1 << 16, dtype=np.int64)
+        for piece in _filled(scores, among):
+            keys = _with_prefix(_ordered(piece), prefix, bits)
+            if bits == 8 * keys.itemsize:
+                return _value(prefix, piece.dtype)
+            digits = (keys >> keys.dtype.type(8 * keys.itemsize - bits - 16)) & keys.dtype.type(0xFFFF)
+            counts += np.bincount(digits.astype(np.intp), minlength=1 << 16)
+        above = counts[::-1].cumsum()
+        place = int(np.searchsorted(above, k))
+        left = int(counts[0xFFFF - place])
+        k -= int(above[place]) - left
+        prefix, bits = prefix << 16 | 0xFFFF - place, bits + 16
+    found = [piece[_has_prefix(_ordered(piece), prefix, bits)] if bits else piece for piece in _filled(scores, among)]
+    values = found[0] if len(found) == 1 else np.concatenate(found)
+    return float(np.partition(values, left - k)[left - k])
+
+
+def _ordered(values: Values) -> Keys:
+    """Floating-point numbers as unsigned integers in the same order; both zeros are one."""
+    bits: Keys = (values + values.dtype.type(0)).view(f"u{values.itemsize}")
+    sign = bits.dtype.type(1 << (8 * values.itemsize - 1))
+    return np.where(bits & sign, ~bits, bits | sign)
+
+
+def _has_prefix(keys: Keys, prefix: int, bits: int) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = keys >> keys.dtype.type(8 * keys.itemsize - bits) == prefix
+    return found
+
+
+def _with_prefix(keys: Keys, prefix: int, bits: int) -> Keys:
+    return keys[_has_prefix(keys, prefix, bits)] if bits else keys
+
+
+def _value(key: int, dtype: np.dtype[Any]) -> float:
+    """The number of which `_ordered` made `key`."""
+    width = 8 * dtype.itemsize
+    sign = 1 << (width - 1)
+    bits = key ^ sign if key & sign else ~key & ((1 << width) - 1)
+    return float(np.array([bits], dtype=f"u{dtype.itemsize}").view(dtype)[0])
+
+
+def _and(mask: Tensor, where: Tensor | None) -> Tensor:
+    return mask if where is None else mask.logical_and_(where)

@@ -1,8 +1,11 @@
-"""From a Prune op and the weights to smaller masks."""
+"""From a Prune op and the weights to smaller masks, and to weights where the criterion moves them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,52 +13,101 @@ from torch import Tensor
 
 from orchestrator.errors import NotFinite, StageFailed
 from orchestrator.ops import Prune
-from orchestrator.pruning.allocation import Tensors, counts
+from orchestrator.pruning.allocation import Tensors
+from orchestrator.pruning.budget import Costs, goal
 from orchestrator.pruning.criteria import CRITERIA, needs
-from orchestrator.pruning.masks import index_hashes, keep_top
+from orchestrator.pruning.masks import count, index_hashes
+from orchestrator.pruning.parts import Part, Things, blocks, grouped, single_weights
+from orchestrator.pruning.patterns import UNITS, block_size, fits, keep_n_of_m, n_of_m
+from orchestrator.pruning.ranking import Chosen, above, best, within
+from orchestrator.pruning.structure import Role, Units, without
 
-Supply = Callable[[str], Mapping[str, Tensor]]
-"""Gives what a criterion needs, by its name in `needs`, for each tensor."""
+Supply = Callable[[str], Mapping[str, Any]]
+"""Gives what a criterion needs, by its name in `needs`, for each tensor that is `scored`."""
 
 
-def prune(op: Prune, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], supply: Supply) -> dict[str, Tensor]:
-    """The masks after `op`: every one a subset of the mask before.
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What a pruning may look at and mask.
+
+    Args:
+        weights: the prunable tensors in model order.
+        masks: so far, by parameter name; a tensor without one is dense.
+        shapes: of all parameters; units mask biases and norms too.
+        units: of the op's structure, where it is made of units.
+        costs: asked for only where a budget is to be met.
+    """
+
+    weights: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    units: tuple[Units, ...] = ()
+    costs: Callable[[], Costs] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What a pruning gives: every mask a subset of the one before.
+
+    Args:
+        masks: by parameter name.
+        moved: the weights of those tensors whose kept weights the criterion moved.
+        remarks: what is worth saying: layers that the floor held, layers that stay dense, units that are left.
+    """
+
+    masks: Mapping[str, Tensor]
+    moved: Mapping[str, Tensor] = field(default_factory=dict)
+    remarks: Mapping[str, Any] = field(default_factory=dict)
+
+
+def prune(op: Prune, network: Network, supply: Supply) -> Pruned:
+    """The masks after `op`, and the weights where the criterion moves them.
 
     Args:
         op: what to do.
-        weights: the prunable tensors in model order.
-        masks: the masks so far; a tensor without one is dense.
-        supply: gives gradients and generators where the criterion needs them.
+        network: what to do it to.
+        supply: gives gradients, generators and other needs of the criterion.
 
     Raises:
         NotFinite: a score is NaN or infinite.
-        StageFailed: the criterion returned no scores of the weight's shape, or the sparsity cannot be reached.
+        StageFailed: the criterion returned no scores of the weight's shape, or what is asked for cannot be reached.
     """
-    before = {name: masks.get(name, torch.ones(w.shape, dtype=torch.bool)) for name, w in weights.items()}
-    free = [name for name in weights if dict(op.factors).get(name, 1.0) > 0]
-    scores = score(op, {name: weights[name] for name in free}, supply)
-    if op.threshold is not None:
-        after = {name: _above(op, name, scores[name], weights[name], before[name]) for name in free}
-    else:
-        tensors = Tensors(
-            shapes={name: tuple(w.shape) for name, w in weights.items()},
-            kept={name: int(mask.sum()) for name, mask in before.items()},
-        )
-        after = {}
-        for group, keep in counts(op, tensors).items():
-            after |= _best_of_group(group, keep, scores, weights, before)
-    assert all(not (mask & ~before[name]).any() for name, mask in after.items()), "a mask grew"
-    return before | after
+    entry = CRITERIA[op.criterion]
+    supplied = {need: supply(need) for need in needs(entry)}
+    before = {name: network.masks.get(name, _dense(weight)) for name, weight in network.weights.items()}
+    try:
+        if n_of_m(op.structure) is not None:
+            pruned = _by_pattern(op, network, before, supplied)
+        else:
+            pruned = _by_rank(op, network, before, supplied)
+    except NotFinite as error:
+        raise NotFinite(f"criterion {op.criterion!r}: {error}") from error
+    grown = [name for name, mask in network.masks.items() if count(pruned.masks[name] & ~mask)]
+    assert not grown, f"a mask grew: {grown}"
+    return pruned
 
 
-def score(op: Prune, weights: Mapping[str, Tensor], supply: Supply) -> dict[str, Tensor]:
-    """The criterion's score of each tensor: a real number for each weight.
+def scored(op: Prune, network: Network) -> dict[str, Tensor]:
+    """The weights that are scored: those that are not protected and, for units, that say what a unit is worth.
+
+    What reads a unit may say so though it is protected itself.
+    """
+    free = _free(op, network)
+    if op.structure not in UNITS:
+        return free
+    roles = _roles(op)
+    among = network.weights if roles == ("reads",) else free
+    mine = {piece.tensor for group in network.units for piece in group.slices if piece.role in roles}
+    return {name: weight for name, weight in among.items() if name in mine}
+
+
+def score(op: Prune, weights: Mapping[str, Tensor], supplied: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The criterion's score of each tensor: a real number for each weight, on the CPU.
 
     Criteria are handed copies in single precision or better: they may write on them, and halves would tie.
     """
     entry = CRITERIA[op.criterion]
-    supplied = {need: supply(need) for need in needs(entry)}
-    own = {name: value for name, value in op.parameters if name != "examples" or "gradient" not in supplied}
+    own = _own(op)
     scores = {}
     for name, weight in weights.items():
         given = {need: _copied(values[name]) for need, values in supplied.items()}
@@ -71,39 +123,138 @@ def score(op: Prune, weights: Mapping[str, Tensor], supply: Supply) -> dict[str,
     return scores
 
 
+def _by_rank(
+    op: Prune, network: Network, before: Mapping[str, Tensor], supplied: Mapping[str, Mapping[str, Any]]
+) -> Pruned:
+    """The masks without what is worth least: single weights, blocks of them, or units."""
+    scores = score(op, scored(op, network), supplied)
+    things, masks_of = _things(op, network, before, scores)
+    if op.threshold is not None:
+        chosen = above(things, partial(_unit, op, network))
+    elif op.flops_budget is not None or op.params_budget is not None or (op.structure != "weight" and op.sparsity):
+        assert network.costs is not None
+        chosen = within(things, goal(op, network.costs()), masks_of)
+    else:
+        chosen = best(things)
+    after, moved = _moved(op, network, before, masks_of(chosen.kept), supplied)
+    return Pruned(masks=after, moved=moved, remarks=_remarks(op, things.counts, chosen))
+
+
+def _by_pattern(
+    op: Prune, network: Network, before: Mapping[str, Tensor], supplied: Mapping[str, Mapping[str, Any]]
+) -> Pruned:
+    """The masks that keep n of every m weights, in the layers that m divides."""
+    pattern = n_of_m(op.structure)
+    assert pattern is not None
+    free = _free(op, network)
+    fitting = {name: weight for name, weight in free.items() if fits(weight.shape, pattern[1])}
+    chosen = {}
+    if "solve" not in CRITERIA[op.criterion].facts:
+        for name, found in score(op, fitting, supplied).items():
+            sizes, hashes = fitting[name].abs(), index_hashes(name, found.numel()).reshape(found.shape)
+            chosen[name] = keep_n_of_m(found, before[name], sizes, hashes, *pattern)
+    masks = {**network.masks, **before, **chosen}
+    after, moved = _moved(op, replace(network, weights=fitting), before, masks, supplied)
+    dense = [name for name in free if name not in fitting]
+    return Pruned(masks=after, moved=moved, remarks={"dense": dense} if dense else {})
+
+
+def _moved(
+    op: Prune,
+    network: Network,
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    supplied: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The masks, and the weights that the criterion moves so that they make up for what goes."""
+    facts, own, pattern = CRITERIA[op.criterion].facts, _own(op), n_of_m(op.structure)
+    masks = dict(after)
+    moved: dict[str, Tensor] = {}
+    if not {"solve", "compensate"} & facts.keys():
+        return masks, moved
+    for name, weight in _free(op, network).items():
+        given = {need: values[name] for need, values in supplied.items()}
+        if "solve" in facts:
+            rows = masks[name].reshape(len(weight), -1).sum(dim=1) if op.scope == "row" else None
+            keep = count(masks[name]) if rows is None else rows
+            masks[name], moved[name] = facts["solve"](weight, before[name], keep, pattern, **given, **own)
+        elif not torch.equal(masks[name], before[name]):
+            moved[name] = facts["compensate"](weight, before[name], masks[name], **given, **own)
+    return masks, moved
+
+
+def _things(
+    op: Prune, network: Network, before: Mapping[str, Tensor], scores: Mapping[str, Tensor]
+) -> tuple[Things, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
+    """What is ranked, and how the masks of all parameters follow from what is kept of it."""
+    masks = {**network.masks, **before}
+    if op.structure == "weight":
+        return single_weights(op, scores, network.weights, network.masks), lambda kept: masks | kept
+    facts = CRITERIA[op.criterion].facts
+    norm = op.norm or facts.get("norm", "l2")
+    # A draw, or the score of a whole row, is the same whatever of the row is masked.
+    as_they_are = norm == "first" or _of_rows(op)
+    seen = scores if as_they_are else {name: found.where(before[name], 0) for name, found in scores.items()}
+    block = block_size(op.structure)
+    if block is None:
+        things = grouped(op, network.units, seen, network.weights, masks, norm=norm, roles=_roles(op))
+        named = {group.name: group for group in network.units}
+        held = {part.name: part.held for part in things.parts}
+        return things, lambda kept: without(
+            [(named[name], mask | held[name]) for name, mask in kept.items()], masks, network.shapes
+        )
+    flat = [{name: tensor.reshape(-1) for name, tensor in found.items()} for found in (seen, network.weights, masks)]
+    groups = blocks({name: weight.shape for name, weight in network.weights.items()}, *block)
+    owners = {group.name: group.slices[0].owner.reshape(before[group.name].shape) for group in groups}
+    things = grouped(op, groups, *flat, norm=norm, roles=("makes",))
+    return things, lambda kept: masks | {name: before[name] & mask[owners[name]] for name, mask in kept.items()}
+
+
+def _roles(op: Prune) -> tuple[Role, ...]:
+    """Over which of its weights a unit is scored."""
+    if CRITERIA[op.criterion].facts.get("reads"):
+        return ("reads",)
+    return ("makes", "reads") if op.structure == "channel" and not _of_rows(op) else ("makes",)
+
+
+def _of_rows(op: Prune) -> bool:
+    """Whether the criterion scores whole rows: what it says of a row that reads a unit is not said of the unit."""
+    return bool(CRITERIA[op.criterion].facts.get("norm") == "mean")
+
+
+def _free(op: Prune, network: Network) -> dict[str, Tensor]:
+    """The prunable weights that the op does not protect."""
+    protected = {name for name, factor in op.factors if factor == 0}
+    return {name: weight for name, weight in network.weights.items() if name not in protected}
+
+
+def _unit(op: Prune, network: Network, part: Part) -> float:
+    """What the threshold is a multiple of: the standard deviation of the kept weights, or 1."""
+    if op.threshold_unit == "absolute" or not part.kept:
+        return 1.0
+    weight = network.weights[part.name]
+    return float((weight if part.among is None else weight[part.among]).double().std(correction=0))
+
+
+def _remarks(op: Prune, counts: Tensors, chosen: Chosen) -> dict[str, Any]:
+    remarks: dict[str, Any] = {"floored": list(chosen.floored)} if chosen.floored else {}
+    if op.structure != "weight":
+        others = sum(kept for name, kept in counts.kept.items() if name not in chosen.kept)
+        remarks["units"] = [others + sum(map(count, chosen.kept.values())), counts.total]
+    return remarks
+
+
+def _own(op: Prune) -> dict[str, Any]:
+    """The criterion's own parameters; the others say how what it needs was gathered."""
+    takes = inspect.signature(CRITERIA[op.criterion].function).parameters
+    return {name: value for name, value in op.parameters if name in takes}
+
+
+def _dense(weight: Tensor) -> Tensor:
+    return torch.ones(weight.shape, dtype=torch.bool)
+
+
 def _copied(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
-
-
-def _above(op: Prune, name: str, scores: Tensor, weight: Tensor, before: Tensor) -> Tensor:
-    """Kept entries with a score of at least the threshold; its std unit is that of the tensor's kept weights."""
-    assert op.threshold is not None
-    kept = weight[before]
-    if not torch.isfinite(scores[before]).all():
-        raise NotFinite(f"scores of {name!r} are NaN or infinite")
-    unit = float(kept.double().std(correction=0)) if op.threshold_unit == "std" and kept.numel() else 1.0
-    return before & (scores.double() >= op.threshold * unit)
-
-
-def _best_of_group(
-    group: tuple[str, ...],
-    keep: int,
-    scores: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    before: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """The group's `keep` best entries among those kept before."""
-
-    def ties() -> tuple[Tensor, Tensor]:
-        magnitudes = torch.cat([weights[name][before[name]].abs() for name in group])
-        return magnitudes, torch.cat([index_hashes(n, before[n].numel())[before[n].reshape(-1)] for n in group])
-
-    kept = keep_top(torch.cat([scores[name][before[name]] for name in group]), keep, ties)
-    after = {}
-    for name, part in zip(group, torch.split(kept, [int(before[name].sum()) for name in group]), strict=True):
-        mask = torch.zeros_like(before[name])
-        mask[before[name]] = part
-        after[name] = mask
-    return after

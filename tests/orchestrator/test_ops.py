@@ -12,7 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.canonical import canonical
-from orchestrator.ops import Init, Op, Prune, Recipe, Rewind, Train, key, to_plain
+from orchestrator.ops import (
+    SHRUNK,
+    Gather,
+    Init,
+    Op,
+    Prune,
+    Recalibrate,
+    Recipe,
+    Regrow,
+    Rewind,
+    Train,
+    key,
+    to_plain,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "keys.json"
 RECIPE = Recipe(optimizer="adam", lr=1.2e-3, batch_size=60)
@@ -27,6 +40,7 @@ RECIPES = st.builds(
     milestones=st.sampled_from([(), (1,), (1, 2)]),
     momentum=st.sampled_from([0.0, 0.9]),
 )
+WHOLE = st.integers(0, 1)
 OPS: st.SearchStrategy[Op] = st.one_of(
     st.builds(Init, seed=st.integers(0, 2), fresh=st.booleans()),
     st.builds(Train, recipe=RECIPES, order_seed=st.integers(0, 1), to=st.integers(0, 2), fresh_optimizer=st.booleans()),
@@ -42,6 +56,9 @@ OPS: st.SearchStrategy[Op] = st.one_of(
         seed=st.sampled_from([None, 0, 1]),
         round=st.sampled_from([None, 0, 1]),
     ),
+    st.builds(Gather, what=st.sampled_from([("gradient",), ("input_norm",)]), examples=WHOLE, seed=WHOLE, round=WHOLE),
+    st.builds(Regrow, by=st.sampled_from(["set", "all"]), fraction=st.sampled_from([0.1, 0.2]), seed=st.none() | WHOLE),
+    st.builds(Recalibrate, examples=WHOLE, seed=WHOLE),
     st.builds(Rewind, what=st.sampled_from(["weights", "lr"]), to=st.sampled_from([None, 0, 1])),
 )
 PARENTS = st.lists(st.sampled_from(["a" * 64, "b" * 64]), max_size=3)
@@ -117,6 +134,36 @@ EXAMPLES: dict[str, tuple[Op, list[str]]] = {
     ),
     "prune by rate": (Prune(criterion="magnitude", scope="layer", rate=0.2, factors=(("out.weight", 0.5),)), ["a"]),
     "prune to a sparsity": (Prune(criterion="taylor", scope="global", sparsity=0.9, seed=0, round=1), ["a"]),
+    "prune units": (
+        Prune(
+            criterion="taylor", scope="global", structure="channel", norm="l1", unit_sparsity=0.5, floor=1, round_to=8
+        ),
+        ["a", "b"],
+    ),
+    "prune to a budget": (Prune(criterion="magnitude", scope="layer", structure="2x2", flops_budget=0.4), ["a"]),
+    "prune two of four": (Prune(criterion="sparsegpt", scope="layer", structure="2:4"), ["a", "b"]),
+    "gather": (
+        Gather(what=("hessian_blocks",), examples=256, seed=0, round=1, parameters=(("block", 64), ("exact_up_to", 9))),
+        ["a"],
+    ),
+    "regrow": (Regrow(by="set", fraction=0.3, factors=(("out.weight", 0.0),), seed=0, round=1), ["a"]),
+    "recalibrate": (Recalibrate(examples=512, seed=0), ["a"]),
+    "train with a penalty, shrunk": (
+        Train(
+            recipe=Recipe(
+                optimizer="adam",
+                lr=1e-3,
+                batch_size=60,
+                arithmetic="cpu float32" + SHRUNK,
+                penalty="group-lasso",
+                penalty_strength=1e-4,
+                gather=("movement",),
+            ),
+            order_seed=0,
+            to=10,
+        ),
+        ["a"],
+    ),
     "rewind": (Rewind(what="weights"), ["a", "b"]),
     "rewind lr": (Rewind(what="lr", to=402), ["a"]),
 }

@@ -10,13 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import PlanError
-from orchestrator.ops import Init, Prune, Rewind, Train
-from orchestrator.plan import Node, Plan, by_pattern, dense_plan, trial_plan
+from orchestrator.mixes import resolve
+from orchestrator.ops import SHRUNK, Gather, Init, Prune, Recalibrate, Regrow, Rewind, Train
+from orchestrator.plan import Node, Plan
+from orchestrator.planning import dense_plan, trial_plan
 from orchestrator.pruning import schedules
-from orchestrator.pruning.allocation import Tensors, counts
+from orchestrator.pruning.criteria import CRITERIA
+from orchestrator.pruning_ops import by_pattern
 from orchestrator.seeds import derive
-from orchestrator.settings import PruneSettings, Settings, TrainSettings, resolve
-from orchestrator.tasks.info import Layer, TaskInfo
+from orchestrator.settings import PruneSettings, Settings, TrainSettings
+from orchestrator.tasks.info import Layer, TaskInfo, UnitCounts
 
 INFO = TaskInfo(
     digest="t",
@@ -34,7 +37,7 @@ COSINE = {"lr_schedule": "cosine"}
 
 def chosen(prune: dict[str, Any] | None = None, **params: Any) -> Settings:
     """The settings of a trial; by default one round at rate 0.2, fine-tuned."""
-    much = {"rate", "sparsity", "threshold"} & params.keys()
+    much = {"rate", "sparsity", "threshold", "flops_budget", "params_budget"} & params.keys()
     return resolve(TRAIN, PruneSettings(**prune or {}), ({} if much else {"rate": 0.2}) | params)
 
 
@@ -58,6 +61,12 @@ def told(plan: Plan) -> list[str]:
                 name = f"train {node.start}-{to}{' fresh' if fresh else ''}{' resumable' if node.resumable else ''}"
             case Prune():
                 name = "prune"
+            case Gather(what=(what,)):
+                name = f"gather {what}"
+            case Regrow(by=by):
+                name = f"regrow {by}"
+            case Recalibrate():
+                name = "recalibrate"
             case Rewind(what=what, to=to):
                 name = f"rewind {what}" + ("" if to is None else f" {to}")
         mark = "*" if node.evaluated else "+" if node.stored else ""
@@ -271,6 +280,109 @@ def test_targets_of_layers() -> None:
     assert [op.targets for op in ops] == [(("out.weight", 0.375),), (("out.weight", 0.75),)]
 
 
+# What is gathered, and what grows back.
+
+
+def gathers(plan: Plan) -> list[Node]:
+    return [node for node in plan.nodes if isinstance(node.op, Gather)]
+
+
+def test_what_a_criterion_needs_of_the_data_is_gathered_before_each_pruning() -> None:
+    assert told(trial(criterion="taylor", rounds=2)) == [
+        *["init()", "train 0-100(0)*", "gather gradient(1)+", "prune(1, 2)", "train 100-140 fresh(3)*"],
+        *["gather gradient(4)", "prune(4, 5)", "train 140-180 fresh(6)*"],
+    ]
+
+
+def test_criteria_with_the_same_needs_share_what_is_gathered() -> None:
+    def key(**params: Any) -> str:
+        return gathers(trial(**params))[0].key
+
+    assert key(criterion="taylor") == key(criterion="snip") == key(criterion="gradient", rate=0.5)
+    assert key(criterion="taylor") != key(criterion="taylor", **{"criteria.taylor.examples": 64})
+    assert key(criterion="taylor") != key(criterion="wanda")
+    assert key(criterion="obs") == key(criterion="obs", **{"criteria.obs.damping": 0.1})
+    assert key(criterion="obs") != key(criterion="obs", **{"criteria.obs.block": 8})
+
+
+def test_parameters_go_where_they_are_used() -> None:
+    plan = trial(criterion="obs", **{"criteria.obs.damping": 0.1, "criteria.obs.block": 8})
+    (op,), (node,) = prunes(plan), gathers(plan)
+    assert op.parameters == (("damping", 0.1),) and (op.seed, op.round) == (None, None)
+    assert isinstance(node.op, Gather) and dict(node.op.parameters)["block"] == 8
+    assert not node.stored, "a Hessian is many times the size of the weights"
+
+
+def test_a_criterion_may_draw_and_take_data() -> None:
+    CRITERIA.bind("mine:criterion", lambda weight, gradient, generator: weight)
+    try:
+        plan = trial(criterion="mine:criterion", rounds=2)
+    finally:
+        CRITERIA._of_users.pop("mine:criterion")
+    assert [(op.seed, op.round) for op in prunes(plan)] == [(0, 1), (0, 2)] and len(gathers(plan)) == 2
+
+
+def test_norms_are_set_after_each_pruning() -> None:
+    assert told(trial({"recalibrate": 64}, retrain="none", rounds=2))[2:] == [
+        *["prune(1)", "recalibrate(2)*", "prune(3)", "recalibrate(4)*"],
+    ]
+
+
+def test_movement_is_gathered_at_every_step_and_nothing_is_stored_for_it() -> None:
+    plan = trial(criterion="movement", phase="during", rounds=3)
+    assert [node.stored for node in plan.nodes if isinstance(node.op, Train)] == [True, False, False, True]
+    assert all(node.op.recipe.gather == ("movement",) for node in plan.nodes if isinstance(node.op, Train))
+
+
+def test_weights_that_are_replaced_while_training() -> None:
+    plan = trial(phase="before", criterion="random", sparsity=0.5, regrow="rigl", regrow_every=3, regrow_end=7)
+    assert told(plan) == [
+        *["init()", "prune(0)", "train 0-30 resumable(1)", "gather gradient(2)", "regrow rigl(2, 3)"],
+        *["train 30-60 resumable(4)", "gather gradient(5)", "regrow rigl(5, 6)", "train 60-100(7)*"],
+    ]
+    fractions = [node.op.fraction for node in plan.nodes if isinstance(node.op, Regrow)]
+    assert fractions[0] < 0.3 and fractions == sorted(fractions, reverse=True) and fractions[-1] > 0
+    draws = trial(phase="before", sparsity=0.5, regrow="set")
+    assert [node.op.round for node in draws.nodes if isinstance(node.op, Regrow)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_masks_that_open_between_prunings() -> None:
+    assert told(trial(phase="during", rate=0.9, rounds=2, regrow="all", prune_begin=2, prune_end=6)) == [
+        *["init()", "train 0-20 resumable(0)+", "prune(1)", "train 20-40 resumable(2)", "regrow all(3)"],
+        *["train 40-60 resumable(4)", "prune(5)", "train 60-100(6)*"],
+    ]
+
+
+def test_prunings_every_so_often() -> None:
+    said = {"phase": "during", "sparsity": 0.9, "prune_begin": 2, "prune_end": 5.9}
+    assert trial(**said, prune_every=1) == trial(**said, prune_every_steps=10)
+    ends = [node.op.to for node in trial(**said, prune_every=1.5).nodes if isinstance(node.op, Train)]
+    assert ends == [20, 35, 50, 100]
+    with pytest.raises(PlanError, match="every 0.5 steps, 10 to an epoch; legal: every step at most"):
+        trial(**said, prune_every=0.05)
+
+
+def test_only_what_follows_a_pruning_is_trained_shrunk() -> None:
+    units = {"neuron": UnitCounts(groups={"conv.0.weight": {("conv.0.weight",): 4}})}
+    info = replace(INFO, units=units)
+    plan = trial(info=info, structure="neuron", rate=0.5, shrunk=True, retrain="rewind", rewind_epoch=1)
+    shrunk = [node.op.recipe.arithmetic.endswith(SHRUNK) for node in plan.nodes if isinstance(node.op, Train)]
+    assert shrunk == [False, False, True]
+    assert trial(shrunk=True) == trial(), "single weights cannot be cut away"
+
+
+@pytest.mark.parametrize("amount", [{"flops_budget": 0.4}, {"params_budget": 0.4}])
+def test_budgets_fall_to_the_end(amount: dict[str, float]) -> None:
+    (name,) = amount
+    left = [getattr(op, name) for op in prunes(trial(**amount, rounds=3, schedule="linear"))]
+    assert left == [0.8, 0.6, 0.4]
+
+
+def test_only_one_layer() -> None:
+    (op,) = prunes(trial(only="conv.0"))
+    assert op.factors == (("conv.1.weight", 0.0), ("out.weight", 0.0))
+
+
 # What is refused, with the reason.
 
 
@@ -306,40 +418,6 @@ def test_refused(prune: dict[str, Any], params: dict[str, Any], message: str) ->
         trial(prune, **params)
     assert message in str(caught.value)
     assert str(caught.value).count("\n") == 0
-
-
-@given(
-    rate=st.integers(1, 99).map(lambda n: n / 100),
-    rounds=st.integers(1, 12),
-    scope=st.sampled_from(["global", "layer"]),
-    final=st.booleans(),
-)
-def test_a_plan_is_refused_exactly_when_a_group_would_be_empty(
-    rate: float, rounds: int, scope: str, final: bool
-) -> None:
-    settings = chosen(rounds=rounds, scope=scope, **{"sparsity" if final else "rate": rate})
-    tensors = Tensors(
-        shapes={layer.name: layer.shape for layer in INFO.layers}, kept={la.name: la.size for la in INFO.layers}
-    )
-    try:
-        plan = trial_plan(settings, 0, INFO)
-    except PlanError as refused:
-        refusal = str(refused)
-    else:
-        refusal = ""
-    if refusal:
-        assert "leaves no weight" in refusal
-        return
-    for op in prunes(plan):
-        groups = counts(op, tensors)
-        assert all(kept > 0 for kept in groups.values())
-        kept = dict(tensors.kept)
-        for group, left in groups.items():
-            kept |= dict.fromkeys(group, 0) | {group[-1]: left}
-        assert sum(kept.values()) <= sum(tensors.kept.values())
-        tensors = Tensors(shapes=tensors.shapes, kept=kept)
-    if final:
-        assert sum(tensors.kept.values()) == 100 - int(rate * 100 + 0.5)
 
 
 def test_reinit_wants_weights_that_vary() -> None:

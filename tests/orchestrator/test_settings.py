@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from orchestrator import settings
 from orchestrator.errors import InputError, PlanError
+from orchestrator.mixes import resolve
 from orchestrator.settings import (
     IN_SPACE,
     Choices,
@@ -18,7 +19,6 @@ from orchestrator.settings import (
     TrainSettings,
     check_value,
     during,
-    resolve,
 )
 
 
@@ -32,7 +32,7 @@ def chosen(train: dict[str, Any] | None = None, prune: dict[str, Any] | None = N
 def test_the_samplers_choices_lie_over_the_studys_constants() -> None:
     found = chosen({"lr": 0.1, "batch_size": 10}, {"ignore": ["out"]}, lr=0.2, rounds=3, criterion="taylor")
     assert (found.train.lr, found.train.batch_size, found.choices.rounds) == (0.2, 10, 3)
-    assert found.choices.criterion == "taylor" and found.ignore == ("out",)
+    assert found.choices.criterion == "taylor" and found.prune.ignore == ("out",)
     assert found.choices.model_fields_set == {"rate", "rounds", "criterion"}
 
 
@@ -82,9 +82,9 @@ def test_during_is_the_middle_half_unless_said(epochs: float) -> None:
             {},
             {},
             {"rate": 0.1, "sparsity": 0.1},
-            "exactly one of rate, sparsity and threshold; given: rate and sparsity",
+            "given: rate and sparsity",
         ),
-        ({}, {}, {"rate": None}, "exactly one of rate, sparsity and threshold; given: none of them"),
+        ({}, {}, {"rate": None}, "given: none"),
         (
             {},
             {},
@@ -106,7 +106,7 @@ def test_during_is_the_middle_half_unless_said(epochs: float) -> None:
         ({}, {}, {"sparsity": 0.5, "scope": "global", "allocation": "erk"}, "for scope 'layer'"),
         ({}, {}, {"sparsity": 0.5, "allocation": "given"}, "go together"),
         ({}, {}, {"sparsity": 0.5, "layers.a.sparsity": 0.5}, "go together"),
-        ({}, {}, {"threshold": 0.5, "layers.a.rate": 0.5}, "layers.a.rate: per-layer targets go with rate or sparsity"),
+        ({}, {}, {"threshold": 0.5, "layers.a.rate": 0.5}, "layers.a.rate: per-layer targets go with rate or a final sparsity"),
         ({}, {}, {"layers.a.sparsity": 0.5}, "the study prunes by rate; legal here: layers.a.rate"),
         ({}, {}, {"layers.a.rate": 1}, "layers.a.rate = 1 must be a number from 0 to below 1"),
         ({}, {}, {"layers.a.rate": "half"}, "layers.a.rate = 'half' must be a number"),
@@ -138,7 +138,7 @@ def test_a_threshold_on_other_scores_can_be_allowed() -> None:
 
 def test_whole_numbers_and_lists_are_numbers_too() -> None:
     found = chosen({"lr": 1, "lr_step_epochs": [1, 2.5]}, {"layer_factors": {"out": 1}}, momentum=0)
-    assert (found.train.lr, found.train.lr_step_epochs, found.layer_factors) == (1.0, (1.0, 2.5), {"out": 1.0})
+    assert (found.train.lr, found.train.lr_step_epochs, found.prune.layer_factors) == (1.0, (1.0, 2.5), {"out": 1.0})
     assert isinstance(found.train.lr, float) and isinstance(found.train.momentum, float)
 
 
@@ -157,7 +157,7 @@ def test_the_names_of_the_space() -> None:
     assert set(IN_SPACE) == {*Choices.model_fields, *TrainSettings.model_fields} - {"evaluate_every"}
     assert set(Choices.model_fields).isdisjoint(TrainSettings.model_fields)
     assert set(get_args(settings.Retrain)) == {"none", "finetune", "rewind", "lr-rewind", "reinit"}
-    assert set(get_args(settings.Phase)) == {"before", "during", "after"}
+    assert set(get_args(settings.Phase)) == {"before", "during", "after", "ticket"}
 
 
 def test_defaults_are_what_they_were() -> None:
@@ -176,8 +176,18 @@ def test_defaults_are_what_they_were() -> None:
         "weight_decay": 0,
         "warmup_epochs": 0,
         "evaluate_every": 0,
+        "penalty": "none",
+        "penalty_strength": 0,
+        "shrunk": False,
     }
-    assert PruneSettings().model_dump() == {"ignore": (), "layer_factors": {}, "threshold_any_criterion": False}
+    assert PruneSettings().model_dump() == {
+        "ignore": (),
+        "layer_factors": {},
+        "threshold_any_criterion": False,
+        "floor": 1,
+        "round_to": 1,
+        "recalibrate": 0,
+    }
     assert {name: value for name, value in Choices().model_dump().items() if value is not None} == {
         "criterion": "magnitude",
         "scope": "layer",
@@ -189,4 +199,12 @@ def test_defaults_are_what_they_were() -> None:
         "phase": "after",
         "retrain": "finetune",
         "rewind_epoch": 0,
+        "norm": "",
+        "regrow": "none",
+        "regrow_fraction": 0.3,
+        "regrow_every": 1,
+        "searches": 1,
+        "vary": "order",
+        "data_share": 0.5,
+        "rule": "intersection",
     }

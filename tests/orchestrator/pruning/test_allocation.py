@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import PlanError, StageFailed
 from orchestrator.ops import Prune
-from orchestrator.pruning.allocation import ALLOCATIONS, Tensors, after_rate, counts, exact
+from orchestrator.pruning.allocation import (
+    ALLOCATIONS,
+    Tensors,
+    after_rate,
+    at_fraction,
+    by_group,
+    by_row,
+    counts,
+    exact,
+)
 
 LENET = {"fc1": (300, 784), "fc2": (100, 300), "out": (10, 100)}
 
@@ -144,3 +153,41 @@ def test_rate_to_the_single_weight(sizes: list[tuple[int, int]], percent: int, s
     for group, left in counts(op(scope=scope, rate=percent / 100), dense(**shapes)).items():
         before = sum(prod(shapes[name]) for name in group)
         assert left == before - (percent * before + 50) // 100
+
+
+def test_groups_take_the_place_of_tensors() -> None:
+    groups = {"a": {("a",): 6}, "b": {("b", "c"): 4, ("d",): 2}, "e": {("e",): 3}}
+    asked = op(rate=0.5, factors=(("c", 0.5), ("d", 0.0), ("e", 0.0)), targets=(("a", 0.4),))
+    found, shapes = by_group(asked, groups)
+    assert shapes == {"a": (6,), "b": (4,), "b (protected)": (2,), "e (protected)": (3,)}
+    assert dict(found.factors) == {"a": 1.0, "b": 0.5, "b (protected)": 0.0, "e (protected)": 0.0}
+    assert found.targets == (("a", 0.4),)
+    tensors = dense(**shapes)
+    assert by_layer(found, tensors) == {"a": 4, "b": 3}
+    # What is protected counts: half of fifteen units have to come out of ten.
+    assert counts(op(scope="global", sparsity=0.5, factors=found.factors), tensors) == {("a", "b"): 2}
+
+
+def test_of_two_makers_the_smaller_target_holds() -> None:
+    found, _ = by_group(op(rate=0.5, targets=(("a", 0.4), ("b", 0.2))), {"a": {("a", "b"): 5}})
+    assert found.targets == (("a", 0.2),)
+
+
+def test_rows_share_what_is_left_and_the_floor() -> None:
+    assert by_row(op(scope="row", rate=0.5), "w", [4, 1, 0], 99) == [2, 0, 0]
+    assert sorted(by_row(op(scope="row", rate=0.9, floor=2), "w", [2, 2], 99)) == [1, 1]
+    assert by_row(op(scope="row", sparsity=0.5), "w", [4, 2], 3) == [2, 1]
+    assert sum(by_row(op(scope="row", sparsity=0.5, floor=5), "w", [4, 2], 3)) == 5
+    assert by_row(op(scope="row", sparsity=0.5, floor=9), "w", [4, 2], 3) == [4, 2]
+    assert by_row(op(scope="row", sparsity=0.5), "w", [0, 0], 0) == [0, 0]
+
+
+@given(SIZES, st.integers(0, 50), st.integers(1, 50), st.sampled_from(["global", "layer"]), st.data())
+def test_a_higher_fraction_never_leaves_more(
+    sizes: list[tuple[int, int]], step: int, more: int, scope: str, data: st.DataObject
+) -> None:
+    shapes = {f"w{index}": shape for index, shape in enumerate(sizes)}
+    factors = tuple((name, data.draw(st.sampled_from([0.0, 0.5, 1.0, 3.0]))) for name in shapes)
+    asked = op(scope=scope, factors=factors)
+    low, high = (at_fraction(asked, dense(**shapes), Fraction(s, 100)) for s in (step, step + more))
+    assert low.keys() == high.keys() and all(low[group] >= high[group] >= 0 for group in low)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from orchestrator.errors import NotFinite
-from orchestrator.pruning.masks import index_hashes, keep_top, sparsity
+from orchestrator.pruning import masks
+from orchestrator.pruning.masks import count, hashes_at, index_hashes, keep_top, ranks, ranks_in_rows, select, sparsity
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -103,6 +104,101 @@ def test_hashes_are_fixed_and_differ_between_tensors() -> None:
 
 
 def test_sparsity_is_exact() -> None:
-    assert sparsity({"w": torch.tensor([True, True, True, True, False])}, 5) == 0.2
-    assert sparsity({"w": torch.tensor([False, False])}, 10) == 0.2
-    assert sparsity({}, 3) == 0.0
+    assert sparsity({"w": torch.tensor([True, True, True, True, False])}, {"w": 5}) == 0.2
+    assert sparsity({"w": torch.tensor([False, False])}, {"w": 2, "v": 8}) == 0.2
+    assert sparsity({}, {"w": 3}) == 0.0
+
+
+def test_the_mask_of_a_bias_is_no_sparsity() -> None:
+    assert sparsity({"w": torch.tensor([True, False]), "b": torch.tensor([False])}, {"w": 2}) == 0.5
+
+
+# Against sorting, on numbers that sorting by bits gets wrong first: both zeros, denormals, the largest and the smallest.
+
+NUMBERS = [0.0, -0.0, 1.0, -1.0, 1.5, 5e-324, -5e-324, 1e-45, -1e-45, 1e-40, 3e38, -3e38, 1e-300, 1e300, 0.1, 2.0**-24]
+
+
+def ties_of(tensors: list[Tensor]) -> masks.Ties:
+    return lambda number, places: (tensors[number].reshape(-1)[places].abs(), hashes_at(str(number), places))
+
+
+def sorted_by_hand(scores: list[Tensor], among: list[Tensor | None], sizes: list[Tensor]) -> list[tuple[int, int]]:
+    """(tensor, flat place) from the best to the worst of those that are in `among`."""
+    found = []
+    for number, (tensor, where) in enumerate(zip(scores, among, strict=True)):
+        hashes = index_hashes(str(number), tensor.numel()).tolist()
+        for place, value in enumerate(tensor.reshape(-1).tolist()):
+            if where is None or bool(where.reshape(-1)[place]):
+                size = abs(float(sizes[number].reshape(-1)[place]))
+                found.append(((-value, -size, hashes[place]), (number, place)))
+    return [where for _, where in sorted(found)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_select_and_ranks_are_sorting(data: st.DataObject) -> None:
+    dtypes = data.draw(st.sampled_from([*([dtype] for dtype in DTYPES), [torch.float32, torch.float64], DTYPES]))
+    scores: list[Tensor] = []
+    among: list[Tensor | None] = []
+    for dtype in data.draw(st.lists(st.sampled_from(dtypes), min_size=1, max_size=4)):
+        values = data.draw(st.lists(st.sampled_from(NUMBERS), min_size=1, max_size=12))
+        tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
+        tensor = torch.where(tensor.isfinite(), tensor, torch.zeros((), dtype=dtype))
+        scores.append(tensor.reshape(2, -1).t() if len(values) % 2 == 0 else tensor)
+        mask = data.draw(st.none() | st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+        among.append(None if mask is None else torch.tensor(mask).reshape(scores[-1].shape))
+    sizes = [torch.ones_like(tensor) if data.draw(st.booleans()) else tensor.abs() for tensor in scores]
+    order = sorted_by_hand(scores, among, sizes)
+    keep = data.draw(st.integers(0, len(order)))
+    chunk = masks.CHUNK
+    try:
+        masks.CHUNK = data.draw(st.integers(1, 9))
+        kept = select(scores, among, keep, ties_of(sizes))
+    finally:
+        masks.CHUNK = chunk
+    found = {(n, place) for n, mask in enumerate(kept) for place in mask.reshape(-1).nonzero().flatten().tolist()}
+    assert found == set(order[:keep])
+    assert [mask.shape for mask in kept] == [tensor.shape for tensor in scores]
+    places = ranks(scores, among, ties_of(sizes))
+    assert [int(places[number].reshape(-1)[place]) for number, place in order] == list(range(len(order)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.data())
+def test_ranks_in_rows_are_those_of_each_row(rows: int, width: int, data: st.DataObject) -> None:
+    drawn = data.draw(st.lists(st.sampled_from(NUMBERS[:9]), min_size=rows * width, max_size=rows * width))
+    where = data.draw(st.lists(st.booleans(), min_size=rows * width, max_size=rows * width))
+    scores, among = torch.tensor(drawn).reshape(rows, width), torch.tensor(where).reshape(rows, width)
+    hashes = index_hashes("0", rows * width).reshape(rows, width)
+    found = ranks_in_rows(scores, among, scores.abs(), hashes)
+    for row in range(rows):
+
+        def ties(_: int, places: Tensor, row: int = row) -> tuple[Tensor, Tensor]:
+            return scores[row][places].abs(), hashes[row][places]
+
+        assert torch.equal(found[row], ranks([scores[row]], [among[row]], ties)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_threshold_is_found_bit_by_bit(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three values that differ in the last bit alone, a hundred of each: the search goes down to it.
+    one = torch.ones(100, dtype=dtype)
+    near = torch.cat([one, torch.nextafter(one, 2 * one), torch.nextafter(one, 0 * one)])
+    monkeypatch.setattr(masks, "CHUNK", 64)
+    kept = select([near], [None], 150, ties_of([near]))[0]
+    assert [count(kept[start : start + 100]) for start in (100, 0, 200)] == [100, 50, 0]
+
+
+def test_a_threshold_between_two_precisions_is_not_rounded() -> None:
+    # 0.1 in single precision is a little more than in double precision.
+    scores = [torch.tensor([0.1]), torch.tensor([0.1, 0.1], dtype=torch.float64)]
+    kept = select(scores, [None, None], 1, ties_of([torch.zeros(1), torch.ones(2)]))
+    assert [mask.tolist() for mask in kept] == [[True], [False, False]]
+
+
+def test_scores_may_lie_in_memory_as_they_like() -> None:
+    scores = torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    kept = select([scores], [None], 5, ties_of([scores]))[0]
+    assert kept.reshape(-1).nonzero().flatten().tolist() == [19, 20, 21, 22, 23]
+    flat = torch.zeros(6).reshape(2, 3).t()
+    assert count(select([flat], [flat == 0], 4, ties_of([flat]))[0]) == 4

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from orchestrator.errors import NotFinite, StageFailed
 from orchestrator.ops import Prune
-from orchestrator.pruning import prune as module
+from orchestrator.pruning import ranking
 from orchestrator.pruning.allocation import after_rate, exact
 from orchestrator.pruning.criteria import CRITERIA
-from orchestrator.pruning.prune import prune
+from orchestrator.pruning.prune import Network, prune
 
 A = torch.tensor([[4.0, -1.0], [0.5, 3.0]])
 B = torch.tensor([-2.0, 0.25, 0.125, 8.0])
@@ -29,7 +29,8 @@ def nothing(need: str) -> Mapping[str, Any]:
 
 def run(masks: Mapping[str, Tensor] | None = None, weights: Mapping[str, Tensor] | None = None, **given: Any) -> Any:
     op = Prune(**{"criterion": "magnitude", "scope": "layer", **given})
-    return prune(op, weights or {"a": A, "b": B}, masks or {}, given.get("supply", nothing))
+    network = Network(weights=weights or {"a": A, "b": B}, masks=masks or {})
+    return prune(op, network, given.get("supply", nothing)).masks
 
 
 def lists(masks: Mapping[str, Tensor]) -> dict[str, list[Any]]:
@@ -127,21 +128,19 @@ def test_laws(values: list[float], scope: str, how: tuple[str, float], bits: int
 
 
 def test_a_mask_that_grows_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_best_of_group", lambda group, *rest: {"b": torch.tensor([True] * 4)})
+    monkeypatch.setattr(ranking, "select", lambda scores, *rest: [torch.ones_like(s, dtype=torch.bool) for s in scores])
     with pytest.raises(AssertionError, match="a mask grew"):
         run({"b": torch.tensor([True, True, True, False])}, rate=0.5)
 
 
 @pytest.mark.parametrize("how", [{"rate": 0.5}, {"threshold": 0.5}])
 def test_scores_that_are_not_finite(bound: Any, how: dict[str, float]) -> None:
-    with pytest.raises(NotFinite):
+    with pytest.raises(NotFinite, match=r"^criterion 'mine:criterion': 4 of 4 scores are NaN or infinite$"):
         run(criterion=bound(lambda weight: weight / 0 - weight / 0), **how)
     # At a masked weight a score does not count.
     masks = {"b": torch.tensor([True, True, True, False])}
     weights = {"b": torch.tensor([4.0, 3.0, 2.0, 0.0])}
-    kept = prune(
-        Prune(criterion=bound(lambda weight: weight / weight * weight), scope="layer", **how), weights, masks, nothing
-    )
+    kept = run(masks, weights, criterion=bound(lambda weight: weight / weight * weight), **how)
     assert lists(kept)["b"] == ([1, 0, 0, 0] if "rate" in how else [1, 1, 1, 0])
 
 
@@ -173,7 +172,7 @@ def test_a_criterion_cannot_write_on_the_weights(bound: Any) -> None:
         return weight.neg_()
 
     op = Prune(criterion=bound(rude), scope="layer", rate=0.5, seed=0)
-    assert lists(prune(op, weights, {}, lambda need: gradients)) == {"a": [0, 1], "b": [1, 0]}
+    assert lists(prune(op, Network(weights=weights), lambda need: gradients).masks) == {"a": [0, 1], "b": [1, 0]}
     assert weights["a"].tolist() == [3.0, 1.0]
     assert gradients["a"].tolist() == [1.0, 1.0]
 
@@ -183,7 +182,7 @@ def test_halves_are_scored_in_single_precision() -> None:
     weights = {"w": torch.tensor([2.0**-18, 2.0**-20, 1.0, 1.0], dtype=torch.float16)}
     gradients = {"w": torch.tensor([2.0**-12, 2.0**-9, 0.0, 0.0], dtype=torch.float16)}
     op = Prune(criterion="taylor", scope="layer", sparsity=0.75, seed=0)
-    assert lists(prune(op, weights, {}, lambda need: gradients)) == {"w": [0, 1, 0, 0]}
+    assert lists(prune(op, Network(weights=weights), lambda need: gradients).masks) == {"w": [0, 1, 0, 0]}
 
 
 def test_a_criterion_gets_its_parameters(bound: Any) -> None:
