@@ -171,11 +171,10 @@ def refuse_empty(settings: Settings, prunes: Sequence[Prune], info: TaskInfo) ->
         except StageFailed as error:
             raise PlanError(f"round {number} of {len(prunes)}: {error}") from error
         for group, left in groups.items():
-            if left <= 0 and op.floor:
+            if left <= 0 and op.floor and op.structure == "weight":  # of units, the floor keeps some
                 where = f"layer {group[0].removesuffix('.weight')!r}" if len(group) == 1 else "the network"
                 raise PlanError(
-                    f"round {number} of {len(prunes)} leaves no {_thing(settings.choices)} in {where}: "
-                    "prune less, or fewer rounds"
+                    f"round {number} of {len(prunes)} leaves no weight in {where}: prune less, or fewer rounds"
                 )
             # Where in a group the weights are left depends on them; only their number counts here.
             held = sum(min(op.floor, sizes[name]) for name in group)
@@ -200,7 +199,3 @@ def _ranked(op: Prune, info: TaskInfo) -> tuple[Prune, dict[str, tuple[int, ...]
     if op.structure in info.units and counted:
         return by_group(op, info.units[op.structure].groups)
     return op, {}
-
-
-def _thing(choices: Choices) -> str:
-    return "block" if block_size(choices.structure) else choices.structure

@@ -44,16 +44,17 @@ class State:
 
     def masked(self) -> State:
         """The same state with exact (positive) zeros under every mask, in weights and optimizer state."""
-        weights = {name: zeroed(tensor, self.masks.get(name)) for name, tensor in self.weights.items()}
-        optimizer = {name: zeroed(tensor, self._mask_of_slot(name)) for name, tensor in self.optimizer.items()}
+        made: dict[str, dict[torch.dtype, Tensor]] = {name: {} for name in self.masks}
+        weights = {n: zeroed(tensor, self.masks.get(n), made.get(n)) for n, tensor in self.weights.items()}
+        optimizer = {}
+        for slot, tensor in self.optimizer.items():
+            name = slot.partition("/")[2]
+            optimizer[slot] = zeroed(tensor, self.masks.get(name), made.get(name))
         return replace(self, weights=weights, optimizer=optimizer)
 
     def without_optimizer(self) -> State:
         """The same state, to be trained on with a fresh optimizer, and with fresh statistics therefore."""
         return replace(self, optimizer={}, gathered={})
-
-    def _mask_of_slot(self, slot: str) -> Tensor | None:
-        return self.masks.get(slot.partition("/")[2])
 
     @property
     def nbytes(self) -> int:
@@ -63,15 +64,21 @@ class State:
         return sum(tensor.nbytes for tensor in tensors)
 
 
-def zeroed(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """`tensor` with +0.0 where `mask` is False; -0.0 would make equal weights differ in their bytes."""
+def zeroed(tensor: Tensor, mask: Tensor | None, factors: dict[torch.dtype, Tensor] | None = None) -> Tensor:
+    """`tensor` with +0.0 where `mask` is False; -0.0 would make equal weights differ in their bytes.
+
+    `factors` keeps what is made of this mask for the next tensor under it.
+    """
     if mask is None or mask.shape != tensor.shape:
         return tensor
     if tensor.itemsize not in INTEGERS:
         return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype))
     # The same bits in a fraction of the time: `where` branches on each entry. Times floats would keep NaN and -0.0.
     bits = INTEGERS[tensor.itemsize]
-    return tensor.view(bits).mul(mask.to(bits)).view(tensor.dtype)
+    factors = {} if factors is None else factors
+    if bits not in factors:
+        factors[bits] = mask.to(bits)
+    return tensor.view(bits).mul(factors[bits]).view(tensor.dtype)
 
 
 def of_model(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ comes out stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +98,7 @@ class NarrowAttention(nn.Module):
         Raises:
             ValueError: `is_causal` without the mask that it speaks of, or a mask for another number of heads.
         """
+        alike = query is key and key is value
         if is_causal and attn_mask is None:
             raise ValueError("is_causal says that attn_mask is causal: give attn_mask, too")
         if query.is_nested:
@@ -109,7 +110,7 @@ class NarrowAttention(nn.Module):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (given.transpose(0, 1) for given in (query, key, value))
-        q, k, v = self._projected(query, key, value)
+        q, k, v = self._projected_at_once(query) if alike else self._projected(query, key, value)
         if is_causal and key_padding_mask is None and not need_weights:
             mask = None
         else:
@@ -130,7 +131,14 @@ class NarrowAttention(nn.Module):
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
 
-    def _projected(self, *given: Tensor) -> list[Tensor]:
+    def _projected_at_once(self, given: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values of one tensor, by one product where there is one weight."""
+        if self.in_proj_weight is None or not self.num_heads:
+            return self._projected(given, given, given)
+        rows = F.linear(given, self.in_proj_weight, self.in_proj_bias)
+        return rows.view(*rows.shape[:2], 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
+
+    def _projected(self, *given: Tensor) -> Sequence[Tensor]:
         """Queries, keys and values: each (batch, heads, length, head_dim)."""
         if self.in_proj_weight is not None:
             weights = self.in_proj_weight.chunk(3) if self.num_heads else [self.in_proj_weight] * 3
@@ -160,7 +168,7 @@ class NarrowAttention(nn.Module):
         padded = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
         lengths = torch.tensor([len(part) for part in parts], device=padded.device)
         absent = torch.arange(padded.shape[1], device=padded.device) >= lengths[:, None]
-        q, k, v = self._projected(padded, padded, padded)
+        q, k, v = self._projected_at_once(padded)
         heads = F.scaled_dot_product_attention(q, k, v, self._mask(None, absent, q)) if self.num_heads else q
         output = self.out_proj(heads.transpose(1, 2).flatten(2))
         return torch._nested_tensor_from_mask(output, ~absent, mask_check=False)

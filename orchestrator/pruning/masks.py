@@ -19,6 +19,9 @@ Ties = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 CHUNK = 1 << 22
 """Scores are looked at in pieces of so many, so that selecting among many takes little memory beside them."""
 
+PIECE = 1 << 20
+"""Tied scores are told apart so many at a time: each takes some 60 bytes for it."""
+
 Values = NDArray[np.floating[Any]]
 Keys = NDArray[Any]
 
@@ -64,25 +67,46 @@ def select(scores: Sequence[Tensor], among: Sequence[Tensor | None], keep: int, 
     _refuse_not_finite(scores, among, available)
     if keep == 0:
         return [torch.zeros(s.shape, dtype=torch.bool) for s in scores]
-    threshold = _kth_largest(scores, among, keep)
     if any(s.dtype != _common(scores) for s in scores):
         scores = [s.to(_common(scores)) for s in scores]  # else the threshold itself would be rounded
+    threshold = float(_kth_largest(lambda: _counted(scores, among), available, keep))
     kept = [_and((s >= threshold).contiguous(), a) for s, a in zip(scores, among, strict=True)]
     excess = sum(count(mask) for mask in kept) - keep
     if excess:
-        tied = [
-            torch.from_numpy(np.flatnonzero(_and(s == threshold, a).numpy()))
-            for s, a in zip(scores, among, strict=True)
-        ]
-        found = [ties(number, places) for number, places in enumerate(tied)]
-        magnitudes = np.concatenate([magnitude.double().numpy() for magnitude, _ in found])
-        hashes = np.concatenate([own.numpy() for _, own in found])
-        worst = np.zeros(len(hashes), dtype=bool)
-        worst[np.lexsort((hashes, -magnitudes))[-excess:]] = True
-        dropped = torch.split(torch.from_numpy(worst), [len(places) for places in tied])
-        for mask, places, mine in zip(kept, tied, dropped, strict=True):
-            mask.view(-1)[places[mine]] = False
+        tied = [_and((s == threshold).contiguous(), a) for s, a in zip(scores, among, strict=True)]
+        _drop_worst(kept, tied, excess, ties)
     return kept
+
+
+def _drop_worst(kept: Sequence[Tensor], tied: Sequence[Tensor], excess: int, ties: Ties) -> None:
+    """Take `excess` of the tied entries out of `kept`: the smallest in magnitude, and of equal ones by hash.
+
+    Looks at them piece by piece: of a large network a good part may be tied.
+    """
+
+    def entries() -> Iterator[tuple[Tensor, Tensor, NDArray[Any], Keys]]:
+        for number, mask in enumerate(tied):
+            for start, piece in enumerate(torch.split(mask.view(-1), PIECE)):
+                places = torch.from_numpy(np.flatnonzero(piece.numpy()) + start * PIECE)
+                if len(places):
+                    magnitudes, hashes = ties(number, places)
+                    first = ~(
+                        hashes.numpy().view(np.uint64) ^ np.uint64(1 << 63)
+                    )  # of equal size the smallest hash stays
+                    yield kept[number].view(-1), places, magnitudes.double().numpy(), first
+
+    stay = sum(count(mask) for mask in tied) - excess
+    if not stay:
+        for mask, places, _, _ in entries():
+            mask[places] = False
+        return
+    size = _kth_largest(lambda: (sizes for _, _, sizes, _ in entries()), stay + excess, stay)
+    larger = sum(int(np.count_nonzero(sizes > size)) for _, _, sizes, _ in entries())
+    equal = sum(int(np.count_nonzero(sizes == size)) for _, _, sizes, _ in entries())
+    last = _kth_largest(lambda: (first[sizes == size] for _, _, sizes, first in entries()), equal, stay - larger)
+    for mask, places, sizes, first in entries():
+        goes = (sizes < size) | ((sizes == size) & (first < last))
+        mask[places[torch.from_numpy(goes)]] = False
 
 
 def ranks(scores: Sequence[Tensor], among: Sequence[Tensor | None], ties: Ties) -> list[Tensor]:
@@ -183,10 +207,10 @@ def _pieces(scores: Sequence[Tensor], among: Sequence[Tensor | None]) -> Iterato
             yield piece.to(dtype), mine
 
 
-def _filled(scores: Sequence[Tensor], among: Sequence[Tensor | None]) -> Iterator[Values]:
-    """The pieces with the lowest of all numbers where they do not count."""
+def _counted(scores: Sequence[Tensor], among: Sequence[Tensor | None]) -> Iterator[Values]:
+    """The scores that count, in pieces."""
     for piece, mine in _pieces(scores, among):
-        yield (piece if mine is None else piece.where(mine, -torch.inf)).numpy()
+        yield piece.numpy() if mine is None else piece.numpy().take(np.flatnonzero(mine.numpy()))
 
 
 def _refuse_not_finite(scores: Sequence[Tensor], among: Sequence[Tensor | None], available: int) -> None:
@@ -199,13 +223,15 @@ def _refuse_not_finite(scores: Sequence[Tensor], among: Sequence[Tensor | None],
         raise NotFinite(f"{bad} of {available} scores are NaN or infinite")
 
 
-def _kth_largest(scores: Sequence[Tensor], among: Sequence[Tensor | None], k: int) -> float:
-    """The k-th largest of the scores; of many, it is sought among those that share its leading bits."""
+def _kth_largest(pieces: Callable[[], Iterator[NDArray[Any]]], left: int, k: int) -> Any:
+    """The k-th largest of `left` numbers, which `pieces` gives as often as asked.
+
+    Of many, it is sought among those that share its leading bits.
+    """
     prefix, bits = 0, 0
-    left = sum(s.numel() for s in scores)
     while left > CHUNK:
         counts = np.zeros(1 << 16, dtype=np.int64)
-        for piece in _filled(scores, among):
+        for piece in pieces():
             keys = _with_prefix(_ordered(piece), prefix, bits)
             if bits == 8 * keys.itemsize:
                 return _value(prefix, piece.dtype)
@@ -216,13 +242,15 @@ def _kth_largest(scores: Sequence[Tensor], among: Sequence[Tensor | None], k: in
         left = int(counts[0xFFFF - place])
         k -= int(above[place]) - left
         prefix, bits = prefix << 16 | 0xFFFF - place, bits + 16
-    found = [piece[_has_prefix(_ordered(piece), prefix, bits)] if bits else piece for piece in _filled(scores, among)]
+    found = [piece[_has_prefix(_ordered(piece), prefix, bits)] if bits else piece for piece in pieces()]
     values = found[0] if len(found) == 1 else np.concatenate(found)
-    return float(np.partition(values, left - k)[left - k])
+    return np.partition(values, left - k)[left - k]
 
 
-def _ordered(values: Values) -> Keys:
-    """Floating-point numbers as unsigned integers in the same order; both zeros are one."""
+def _ordered(values: NDArray[Any]) -> Keys:
+    """Floating-point numbers as unsigned integers in the same order, both zeros as one; such integers as they are."""
+    if values.dtype.kind == "u":
+        return values
     bits: Keys = (values + values.dtype.type(0)).view(f"u{values.itemsize}")
     sign = bits.dtype.type(1 << (8 * values.itemsize - 1))
     return np.where(bits & sign, ~bits, bits | sign)
@@ -237,12 +265,14 @@ def _with_prefix(keys: Keys, prefix: int, bits: int) -> Keys:
     return keys[_has_prefix(keys, prefix, bits)] if bits else keys
 
 
-def _value(key: int, dtype: np.dtype[Any]) -> float:
+def _value(key: int, dtype: np.dtype[Any]) -> Any:
     """The number of which `_ordered` made `key`."""
+    if dtype.kind == "u":
+        return dtype.type(key)
     width = 8 * dtype.itemsize
     sign = 1 << (width - 1)
     bits = key ^ sign if key & sign else ~key & ((1 << width) - 1)
-    return float(np.array([bits], dtype=f"u{dtype.itemsize}").view(dtype)[0])
+    return np.array([bits], dtype=f"u{dtype.itemsize}").view(dtype)[0]
 
 
 def _and(mask: Tensor, where: Tensor | None) -> Tensor:

@@ -246,6 +246,8 @@ def _remarks(op: Prune, counts: Tensors, chosen: Chosen) -> dict[str, Any]:
 
 def _own(op: Prune) -> dict[str, Any]:
     """The criterion's own parameters; the others say how what it needs was gathered."""
+    if not op.parameters:
+        return {}
     takes = inspect.signature(CRITERIA[op.criterion].function).parameters
     return {name: value for name, value in op.parameters if name in takes}
 

@@ -1,9 +1,10 @@
-"""The front of a study as a picture."""
+"""The front of a study, or the sensitivity of its layers, as a picture."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from orchestrator.errors import InputError
 from orchestrator.front import Front, Points, read_points
 from orchestrator.objectives import OBJECTIVES, Objective
+from orchestrator.tasks.info import matches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +74,89 @@ def plot_front(study: Study, found: Front, path: Path) -> None:
     Raises:
         InputError: no finished trial, an unknown file ending, a folder that cannot be written, or no matplotlib.
     """
-    path = Path(path)
+    with _picture(path) as axes:
+        up, across = _axes_of(found)
+        outcomes = study.store.outcomes(study.spec.name)
+        points = read_points(outcomes, [up.column, across.column], len(study.spec.seeds))
+        if not len(points.trials):
+            raise InputError(f"the study {study.spec.name!r} has no finished trial yet: there is nothing to draw")
+        _scale(axes, across, points.columns[across.column], _dense(found, across.column), "x")
+        _scale(axes, up, points.columns[up.column], _dense(found, up.column), "y")
+        criteria = _criteria(study, outcomes, points)
+        styles = _styles(criteria)
+        _draw_points(axes, points, criteria, styles, across, up, _edge(points.columns[up.column], found, up))
+        _draw_dense(axes, found, across, up)
+        _draw_front(axes, found, styles, across, up)
+        axes.set_title(_title(study, found, points), loc="left", fontsize=10.5, color=DARK)
+
+
+def plot_sensitivity(study: Study, path: str | Path) -> None:
+    """Draw what each layer costs when it is pruned alone: the first objective over the pruned part of that layer.
+
+    One line for each value of `only` in the study's space, and for each criterion where there are several. Colours run
+    from the first layer that the space names to the last.
+
+    Args:
+        study: an opened study whose space says `only`.
+        path: a PNG, SVG or PDF file; one that is there is replaced.
+
+    Raises:
+        InputError: no finished trial that pruned some layers only, an unknown file ending, a folder that cannot be
+            written, or no matplotlib.
+    """
+    with _picture(Path(path)) as axes:
+        from matplotlib import colormaps
+        from matplotlib.ticker import FuncFormatter
+
+        up = _axes_of(study.front())[0]
+        lines, dense = _sensitivities(study, up)
+        heights = np.array([y for line in lines.values() for _, y in line])
+        _scale(axes, up, heights, dense, "y")
+        if dense is not None:
+            axes.axhline(dense, color=DARK, linewidth=0.9, linestyle=(0, (1, 2.5)), label="dense model")
+        colours = colormaps["viridis"](np.linspace(0, 0.88, len(lines)))
+        for number, (label, line) in enumerate(lines.items()):
+            look: dict[str, Any] = {"color": colours[number], "marker": STYLES[number % len(STYLES)][1]}
+            axes.plot(*zip(*line, strict=True), label=label, markersize=4.5, linewidth=1.3, **look)
+        axes.set_xlabel("pruned part of the layer (%), all others dense")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}"))
+        axes.set_title(f"{study.spec.name}: each layer pruned alone", loc="left", fontsize=10.5, color=DARK)
+
+
+def _sensitivities(study: Study, up: Objective) -> tuple[dict[str, list[tuple[float, float]]], float | None]:
+    """For each layer pruned alone its points in order, (pruned fraction, measure), and the dense model's measure."""
+    outcomes = study.store.outcomes(study.spec.name)
+    points = read_points(outcomes, [up.column], len(study.spec.seeds))
+    table = outcomes.table(["params", "layers"])
+    params, layers = (table[name].to_pylist() for name in ("params", "layers"))
+    space = study.spec.search_space()
+    several = len(space.possible("criterion") or ()) > 1
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    order = [str(value) for value in space.possible("only") or ()]
+    for rows, y in zip(points.rows, points.columns[up.column], strict=True):
+        first = int(np.atleast_1d(rows)[0])
+        said = json.loads(params[first] or "{}")
+        if "only" in said:
+            own = [n for name, n in json.loads(layers[first] or "{}").items() if _matches(said["only"], name)]
+            pruned = 1 - sum(kept for kept, _ in own) / max(1, sum(of for _, of in own))
+            label = f"{said['only']}, {said.get('criterion', 'default')}" if several else str(said["only"])
+            found.setdefault((order.index(said["only"]), label), []).append((pruned, float(y)))
+    if not found:
+        raise InputError(
+            f"the study {study.spec.name!r} has no finished trial that pruned some layers only; "
+            "a sensitivity scan says `only` in [space]"
+        )
+    dense = _dense(study.front(), up.column)
+    return {label: sorted(line) for (_, label), line in sorted(found.items())}, dense
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return matches(pattern, name) or matches(pattern, name.removesuffix(".weight"))
+
+
+@contextmanager
+def _picture(path: Path) -> Iterator[Axes]:
+    """Axes to draw on, which are dressed and written to `path` in the end."""
     if path.suffix.lower() not in ENDINGS:
         raise InputError(
             f"--plot {path}: cannot draw a {path.suffix or 'file without an ending'}; legal: {', '.join(ENDINGS)}"
@@ -82,24 +166,12 @@ def plot_front(study: Study, found: Front, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError('--plot needs matplotlib: pip install "orchardist[report]"') from error
-    up, across = _axes_of(found)
-    outcomes = study.store.outcomes(study.spec.name)
-    points = read_points(outcomes, [up.column, across.column], len(study.spec.seeds))
-    if not len(points.trials):
-        raise InputError(f"the study {study.spec.name!r} has no finished trial yet: there is nothing to draw")
     image = BytesIO()
     with rc_context({"font.size": 9.5, "axes.edgecolor": GREY, "svg.hashsalt": "orchardist"}):
         # A Figure of its own: no window system, and no state that pyplot would keep.
         figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DOTS_PER_INCH, layout="constrained")
         axes = figure.add_subplot()
-        _scale(axes, across, points.columns[across.column], _dense(found, across.column), "x")
-        _scale(axes, up, points.columns[up.column], _dense(found, up.column), "y")
-        criteria = _criteria(study, outcomes, points)
-        styles = _styles(criteria)
-        _draw_points(axes, points, criteria, styles, across, up, _edge(points.columns[up.column], found, up))
-        _draw_dense(axes, found, across, up)
-        _draw_front(axes, found, styles, across, up)
-        axes.set_title(_title(study, found, points), loc="left", fontsize=10.5, color=DARK)
+        yield axes
         axes.grid(color="#E8E8E8", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

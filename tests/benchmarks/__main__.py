@@ -1,4 +1,5 @@
-"""`make bench`: every figure in one run, printed as one Markdown table. About ten minutes on two cores.
+"""`make bench`: every figure in one run, printed as one Markdown table, and each removal in a second. About fifteen
+minutes on two cores.
 
     python -m tests.benchmarks [--limit N]        with --limit, a quick look: only the first N of the 40 proposals, …
 
@@ -160,6 +161,84 @@ def reading(count: int) -> list[tuple[str, ...]]:
     ]
 
 
+def masking(weights: int) -> list[tuple[str, ...]]:
+    """One global pruning of many weights, with few and with many of them equal."""
+    rows: list[tuple[str, ...]] = []
+    for tied in (10, 3):
+        ours = measure("masking.py", "--weights", weights, "--tied", tied)
+        assert ours["exact"], ours
+        what = f"{ours['weights']:,} weights masked globally, {ours['at_threshold']:.0%} of them equal at the threshold"
+        rows += [
+            (f"{what}: seconds on one core", f"{ours['seconds']:.1f}", "", "", "< 10"),
+            (f"{what}: peak memory over the weights'", f"{ours['memory']:.1f}×", "", "", "3×"),
+        ]
+    return rows
+
+
+def updates(repeats: int) -> list[tuple[str, ...]]:
+    """A new mask in the middle of training."""
+    return [
+        (
+            f"milliseconds for a mask update while training {row['model']}; beside a step",
+            f"{row['update_ms']:.2f}",
+            f"{row['step_ms']:.2f}",
+            f"{row['steps']:.2f}×",
+            "2×",
+        )
+        for row in measure("updates.py", "--repeats", repeats)["rows"]
+    ]
+
+
+def removal(repeats: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """What is removed from every model: rows of the first table that say it in short, and a table of its own."""
+    found = measure("removal.py", "--repeats", repeats)["rows"]
+    short: list[tuple[str, ...]] = []
+    for batch in ("1", "64"):
+        over, noise = ([row[what][batch] for row in found] for what in ("over_limit", "noise"))
+        what = f"latency at batch {batch} after {len(found)} removals, over that of the same built so narrow"
+        for which, function in (("median", statistics.median), ("the worst", max)):
+            ours, theirs = f"{function(over):.2f}×", f"{function(noise):.2f}×"
+            short.append((f"{what}; beside the latter twice: {which}", ours, theirs, "", "1.05×"))
+    largest = f"{max(row['bytes'] for row in found):.0%}"
+    short.append(("the largest file after removal, of the dense one's", largest, "", "", "100%"))
+    header = (
+        "removed, of all such units in each layer",
+        "FLOPs",
+        "file",
+        "latency at batch 1",
+        "at 64",
+        "over built so narrow, 1",
+        "at 64",
+        "masked to shrunk",
+        "Torch-Pruning: file",
+        "latency at batch 1",
+        "at 64",
+        "",
+    )
+    full = [header, ("---", *["---:"] * (len(header) - 2), "---")]
+    for row in found:
+        multiple = "" if row["multiple"] == 1 else f", rounded to {row['multiple']}"
+        theirs = row["beside"]
+        latency = theirs.get("latency", {})
+        full.append(
+            (
+                f"{row['model']}: {row['share']:.0%} of {row['structure']}s{multiple}",
+                f"{row['flops']:.0%}",
+                f"{row['bytes']:.0%}",
+                f"{row['latency']['1']:.0%}",
+                f"{row['latency']['64']:.0%}",
+                f"{row['over_limit']['1']:.2f}×",
+                f"{row['over_limit']['64']:.2f}×",
+                f"{row['difference']:.0e}",
+                f"{theirs['bytes']:.0%}" if "bytes" in theirs else "",
+                f"{latency['1']:.0%}" if latency else "",
+                f"{latency['64']:.0%}" if latency else "",
+                theirs["fault"] or "",
+            )
+        )
+    return short, full
+
+
 def help_page() -> list[tuple[str, ...]]:
     """The shortest of five times of `orchardist --help`."""
     best = float("inf")
@@ -171,15 +250,19 @@ def help_page() -> list[tuple[str, ...]]:
 
 
 def main() -> None:
-    """Measure everything and print the table."""
+    """Measure everything and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, help="a quick look: N proposals, 100·N empty trials, 10,000·N outcomes")
     limit = parser.parse_args().limit
+    removed, removals = removal(10 * limit if limit else 150)
     rows = [
         *help_page(),
         *same_proposals(limit),
         *overhead(100 * limit if limit else 20_000),
         *reading(10_000 * limit if limit else 1_000_000),
+        *masking(1_000_000 * limit if limit else 100_000_000),
+        *updates(limit or 15),
+        *removed,
     ]
     versions = ", ".join(f"{name} {version(name)}" for name in ("orchardist", "torch", "ray", "optuna"))
     header = (
@@ -190,7 +273,8 @@ def main() -> None:
         "goal",
     )
     lines = [header, ("---", "---:", "---:", "---:", "---:"), *rows]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    for table in (lines, removals):
+        print("\n".join(f"| {' | '.join(line)} |" for line in table), end="\n\n")
 
 
 if __name__ == "__main__":

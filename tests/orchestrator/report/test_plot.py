@@ -16,7 +16,7 @@ import pytest
 from orchestrator import Study, StudySpec
 from orchestrator.errors import InputError, QueryError
 from orchestrator.outcome import DENSE_TRIAL
-from orchestrator.report.plot import _edge, _gathered, _scale, _spread, plot_front
+from orchestrator.report.plot import _edge, _gathered, _scale, _sensitivities, _spread, plot_front, plot_sensitivity
 from orchestrator.store.store import Store
 
 pytest.importorskip("matplotlib")
@@ -261,3 +261,45 @@ def test_canary_the_axis_of_percent_is_not_one_of_fractions() -> None:
     axes = Figure().add_subplot()
     _scale(axes, OBJECTIVES["accuracy"], np.array([0.9, 0.95]), 0.92, "y")
     assert axes.yaxis.get_major_formatter()(0.935, None) == "93.5"
+
+
+def scan(**more: Any) -> Study:
+    """Two layers of 100 weights, each pruned alone by a half and by nine tenths, under two seeds."""
+    found = [outcome(DENSE_TRIAL, 0, seed=seed, accuracy=0.9, sparsity=0.0) for seed in (0, 1)]
+    for trial, (layer, kept) in enumerate([("out", 10), ("out", 50), ("fc1", 50), ("fc1", 10)]):
+        layers = {"fc1.weight": [100, 100], "out.weight": [100, 100], f"{layer}.weight": [kept, 100]}
+        for seed in (0, 1):
+            accuracy = 0.5 + kept / 1000 + (0.2 if seed else 0.0)
+            pruned: dict[str, Any] = {"layers": layers, "params": {"only": layer, "rate": 1 - kept / 100}}
+            found.append(outcome(trial, seed=seed, accuracy=accuracy, sparsity=(100 - kept) / 200, **pruned))
+    return study(found, space={"only": ["fc1", "out"], "rate": [0.5, 0.9]}, seeds=(0, 1), **more)
+
+
+def test_a_layer_pruned_alone_shows_means_over_its_own_weights() -> None:
+    opened = scan()
+    lines, dense = _sensitivities(opened, opened.front().objectives[0])
+    assert dense == pytest.approx(0.9)
+    assert list(lines) == ["fc1", "out"]  # as the space has them, not as they were run
+    assert all(line == [(0.5, pytest.approx(0.65)), (0.9, pytest.approx(0.61))] for line in lines.values())
+
+
+@pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
+def test_sensitivities_are_drawn(ending: str, tmp_path: Path) -> None:
+    plot_sensitivity(scan(), str(tmp_path / f"drawn{ending}"))
+    assert (tmp_path / f"drawn{ending}").stat().st_size > 5000
+
+
+def test_every_criterion_of_a_scan_has_a_line_of_its_own() -> None:
+    found = [outcome(DENSE_TRIAL, 0, accuracy=0.9, sparsity=0.0)]
+    for trial, criterion in enumerate(("magnitude", "taylor")):
+        pruned = {"layers": {"out.weight": [50, 100]}, "params": {"only": "out", "criterion": criterion}}
+        found.append(outcome(trial, accuracy=0.8, sparsity=0.5, **pruned))
+    opened = study(found, space={"only": "out", "criterion": ["magnitude", "taylor"], "rate": 0.5})
+    lines, _ = _sensitivities(opened, opened.front().objectives[0])
+    assert list(lines) == ["out, magnitude", "out, taylor"]
+
+
+def test_a_study_that_prunes_no_layer_alone_has_no_sensitivities(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no finished trial that pruned some layers only.* says `only` in \[space\]"):
+        plot_sensitivity(study(rows(5), space=SPACE), tmp_path / "none.png")
+    assert not list(tmp_path.iterdir())
