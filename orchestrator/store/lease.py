@@ -13,7 +13,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -29,28 +29,46 @@ BEAT_SECONDS = 5.0
 DEAD_SECONDS = 15.0
 """A counter that stands still this long belongs to a dead holder."""
 _POLL_SECONDS = 1.0
+_SETTLE_SECONDS = 3.0
 _BEAT_CHECK_SECONDS = 1.0
 
 
 class Lease:
-    """The right to drive `study` under `epoch`. The holder calls `beat` all the time and `release` in the end."""
+    """The right to drive `study` under `epoch`. The holder calls `beat` all the time and `release` in the end.
+
+    A holder that stood still too long may find that another driver took over; `check` says so then.
+    """
 
     def __init__(self, files: Files, study: str, epoch: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.files = files
         self.study = study
         self.epoch = epoch
         self._clock = clock
+        self.lost = ""
+        """Who took over, once that was seen."""
         self._count = 0
         self._beaten_at = float("-inf")
 
     def beat(self) -> None:
-        """Shows that the holder is alive; does nothing within 5 s of the last time."""
+        """Shows that the holder is alive and looks for a newer epoch; does nothing within 5 s of the last time."""
         now = self._clock()
-        if now - self._beaten_at < BEAT_SECONDS:
+        if self.lost or now - self._beaten_at < BEAT_SECONDS:
+            return
+        newest, _ = _newest(self.files, self.study)
+        if newest > self.epoch:
+            self.lost = (
+                f"study {self.study} was taken over by {_named(_holder(self.files, self.study, newest))}, while this "
+                "process stood still: it stops here"
+            )
             return
         self._count += 1
         self.files.write(paths.lease_file(self.study, self.epoch, "beat"), str(self._count).encode())
         self._beaten_at = now
+
+    def check(self) -> None:
+        """Raises `StoreError` naming the process that took over, if a beat has seen one."""
+        if self.lost:
+            raise StoreError(self.lost)
 
     def release(self) -> None:
         """Gives the study free for the next driver, which need not wait then. May be called again."""
@@ -76,30 +94,30 @@ def acquire(
     """
     me = {"host": host, "pid": pid, "boot_id": boot, "token": secrets.token_hex(8)}
     while True:
-        names = [lease for name in files.list(paths.lease(study)) if (lease := paths.parse_lease(name))]
-        newest = max((epoch for epoch, _ in names), default=0)
-        if newest and (newest, "released") not in names:
+        newest, released = _newest(files, study)
+        if newest and not released:
             holder = _holder(files, study, newest)
             if (holder.get("host"), holder.get("boot_id")) != (host, boot):
                 stopped = _stands_still(files, study, newest, clock, sleep)
             else:
                 stopped = holder.get("pid") == pid or not (alive or process_alive)(holder.get("pid", 0))
             if not stopped:
-                raise StoreError(
-                    f"study {study} is being run by process {holder.get('pid', 'unknown')} on "
-                    f"{holder.get('host', 'an unknown host')} since {holder.get('started_at', 'an unknown time')}; "
-                    "stop it first"
-                )
+                raise StoreError(f"study {study} is being run by {_named(holder)}; stop it first")
         # Whoever creates the next number has the study; who comes second looks at the winner as at any holder.
         started = datetime.now(UTC).isoformat(timespec="seconds")
         content = json.dumps({**me, "started_at": started}, sort_keys=True).encode()
-        if files.create(paths.lease_file(study, newest + 1, "json"), content):
+        path = paths.lease_file(study, newest + 1, "json")
+        if files.create(path, content):
+            if not files.creates_once:
+                sleep(_SETTLE_SECONDS)  # then everybody who asked at the same time finds who wrote last
+                if _bytes(files, path) != content:
+                    continue
             return Lease(files, study, newest + 1, clock)
 
 
 @contextmanager
 def beating(lease: Lease) -> Iterator[None]:
-    """Show other drivers that this one is alive, however long a stage in this process takes."""
+    """Show other drivers that this one is alive, however long a stage in this process takes, until it is superseded."""
     over = threading.Event()
 
     def beat() -> None:
@@ -108,7 +126,7 @@ def beating(lease: Lease) -> Iterator[None]:
                 lease.beat()
             except StoreError as error:
                 _LOG.warning("the lease could not be renewed: %s", error)
-            if over.wait(_BEAT_CHECK_SECONDS):
+            if lease.lost or over.wait(_BEAT_CHECK_SECONDS):
                 return
 
     thread = threading.Thread(target=beat, name="lease", daemon=True)
@@ -132,9 +150,8 @@ def this_process() -> dict[str, Any]:
 
 def held(files: Files, study: str) -> bool:
     """Whether somebody drives the study, as far as can be told at once: a holder elsewhere is taken to be alive."""
-    names = [lease for name in files.list(paths.lease(study)) if (lease := paths.parse_lease(name))]
-    newest = max((epoch for epoch, _ in names), default=0)
-    if not newest or (newest, "released") in names:
+    newest, released = _newest(files, study)
+    if not newest or released:
         return False
     holder, here = _holder(files, study, newest), this_process()
     if (holder.get("host"), holder.get("boot_id")) != (here["host"], here["boot"]):
@@ -158,6 +175,18 @@ def process_alive(pid: int) -> bool:
         return True
 
 
+def _newest(files: Files, study: str) -> tuple[int, bool]:
+    """The newest epoch, 0 where there is none, and whether its holder let go."""
+    names = [lease for name in files.list(paths.lease(study)) if (lease := paths.parse_lease(name))]
+    newest = max((epoch for epoch, _ in names), default=0)
+    return newest, (newest, "released") in names
+
+
+def _named(holder: Mapping[str, Any]) -> str:
+    host, since = holder.get("host", "an unknown host"), holder.get("started_at", "an unknown time")
+    return f"process {holder.get('pid', 'unknown')} on {host} since {since}"
+
+
 def _holder(files: Files, study: str, epoch: int) -> dict[str, Any]:
     """What the holder wrote of itself; {} where that is foreign or gone."""
     path = paths.lease_file(study, epoch, "json")
@@ -178,9 +207,12 @@ def _stands_still(
     """Watches a holder's counter for 15 s; False as soon as it moves, True as well when the holder lets go."""
     path = paths.lease_file(study, epoch, "beat")
     first = _bytes(files, path)
-    began = clock()
-    while clock() - began < DEAD_SECONDS:
+    watched = 0.0
+    while watched < DEAD_SECONDS:
+        before = clock()
         sleep(_POLL_SECONDS)
+        # While the store did not answer, the holder's counter could not move.
+        watched += min(clock() - before, 2 * _POLL_SECONDS)
         if files.exists(paths.lease_file(study, epoch, "released")):
             return True
         if _bytes(files, path) != first:

@@ -6,7 +6,10 @@ studies/NAME/outcomes.parquet                     the merged outcomes
 studies/NAME/ledger/<epoch>-<seq>-<kind>.parquet  one flush of one kind of row
 studies/NAME/ledger/<epoch>-<seq>-<kind>.all.parquet   everything of this kind up to (epoch, seq)
 studies/NAME/lease/<epoch>.json, .beat, .released      who drives the study
+barriers/ab/<name>.json                           what was measured between two states; see `ticket_stability`
+handshake/<token>                                 written by a driver, read and answered by its workers
 set-aside/…                                       torn and foreign files, under the path where they lay
+.probe-<token>                                    written and deleted to see that the store can be written
 """
 
 from __future__ import annotations
@@ -16,9 +19,14 @@ from typing import NamedTuple
 
 from orchestrator.errors import StoreError
 
+DEFAULT_STORE = "./orchard"
+"""Where studies are kept when nobody says where."""
+
 STATES = "states"
 STUDIES = "studies"
+BARRIERS = "barriers"
 SET_ASIDE = "set-aside"
+HANDSHAKE = "handshake"
 
 _STUDY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -62,6 +70,12 @@ def state_key(name: str) -> str | None:
     """The key in a file name of a states folder; None for a name that is not a state's."""
     key, dot, suffix = name.partition(".")
     return key if dot and suffix == "safetensors" and is_key(key) else None
+
+
+def barrier(name: str) -> str:
+    """`name` is the digest of the pair of states and of how the barrier between them is measured."""
+    assert is_key(name), name
+    return f"{BARRIERS}/{name[:2]}/{name}.json"
 
 
 def study(name: str) -> str:
@@ -117,6 +131,15 @@ def parse_lease(name: str) -> tuple[int, str] | None:
     """(epoch, suffix), or None for a name that no lease writes."""
     match = _LEASE.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
+
+
+def handshake(token: str) -> str:
+    """What a driver writes for its workers, and what the name of a worker's answer begins with."""
+    return f"{HANDSHAKE}/{token}"
+
+
+def probe(token: str) -> str:
+    return f".probe-{token}"
 
 
 def set_aside(path: str, token: str) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
+from orchestrator.header import header_end, read_header
 from orchestrator.store import paths
 from orchestrator.store.files import Files
 
 _FIRST_READ = 64 * 1024
-_LONGEST_HEADER = 100_000_000  # the format's own limit
 
 
 class States:
@@ -22,18 +21,22 @@ class States:
         """Whether a file stands under the key's name; only `header` and `read` look into it."""
         return self.files.exists(paths.state(key))
 
+    def size(self, key: str) -> int:
+        """In bytes. Raises `FileNotFoundError` when the state is absent."""
+        return self.files.size(paths.state(key))
+
     def header(self, key: str) -> dict[str, str] | None:
         """The `__metadata__` that was saved with the state, no tensor read; None when the state is absent."""
         path = paths.state(key)
         try:
             start = self.files.read_range(path, 0, _FIRST_READ)
             size = len(start) if len(start) < _FIRST_READ else self.files.size(path)
-            needed = 8 + int.from_bytes(start[:8], "little")
-            if len(start) < needed <= min(size, 8 + _LONGEST_HEADER):
+            needed = header_end(start)
+            if len(start) < needed <= size:
                 start += self.files.read_range(path, len(start), needed)
         except FileNotFoundError:
             return None
-        metadata = parse_metadata(start, size)
+        metadata = _metadata(start, size)
         if metadata is None:
             self._set_aside(path)
         return metadata
@@ -45,14 +48,14 @@ class States:
             data = self.files.read(path)
         except FileNotFoundError:
             return None
-        if parse_metadata(data, len(data)) is None:
+        if _metadata(data, len(data)) is None:
             self._set_aside(path)
             return None
         return data
 
     def commit(self, key: str, data: bytes) -> bool:
         """True when `data` is now the key's state; False when one was committed before, which the caller adopts."""
-        assert parse_metadata(data, len(data)) is not None, f"not a whole safetensors file: {key}"
+        assert _metadata(data, len(data)) is not None, f"not a whole safetensors file: {key}"
         path = paths.state(key)
         if self.files.create(path, data):
             return True
@@ -61,7 +64,7 @@ class States:
 
     def replace(self, key: str, data: bytes) -> None:
         """Puts a better file, such as one with the optimizer kept, in the place of the key's state."""
-        assert parse_metadata(data, len(data)) is not None, f"not a whole safetensors file: {key}"
+        assert _metadata(data, len(data)) is not None, f"not a whole safetensors file: {key}"
         self.files.write(paths.state(key), data)
 
     def delete(self, key: str) -> None:
@@ -77,20 +80,12 @@ class States:
                     yield key
 
     def _set_aside(self, path: str) -> None:
-        self.files.set_aside(path, "is no whole safetensors file", lambda data: parse_metadata(data, len(data)) is None)
+        self.files.set_aside(path, "is no whole safetensors file", lambda data: _metadata(data, len(data)) is None)
 
 
-def parse_metadata(data: bytes, size: int) -> dict[str, str] | None:
-    """The `__metadata__` in the first bytes of a safetensors file of `size` bytes, {} if it has none; None if the
-    header is not one or the tensors that it declares do not end where the file does."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > _LONGEST_HEADER or len(data) < 8 + length:
-        return None
+def _metadata(data: bytes, size: int) -> dict[str, str] | None:
+    """The metadata in the first bytes of a file of `size` bytes; None where that is no whole safetensors file."""
     try:
-        header = json.loads(data[8 : 8 + length])
-        metadata = header.pop("__metadata__", {})
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        texts = all(isinstance(text, str) for text in metadata.values())
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return read_header(data, size)
+    except ValueError:
         return None
-    return metadata if texts and 8 + length + end == size else None

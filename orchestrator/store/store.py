@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from orchestrator.store.ledger import Ledger, Outcomes
 
 _LOG = logging.getLogger("orchardist.store")
+
+_SUM = "sum"
 
 
 class Store:
@@ -49,16 +52,16 @@ class Store:
             return None
         try:
             found = json.loads(meta)
-            if isinstance(found, dict):
+            if isinstance(found, dict) and found.pop(_SUM, None) in (None, _sum(found)):
                 return text.decode(), found
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         _LOG.warning("%s in the store %s is not a study's; skipped", paths.study(name), self.name)
         return None
 
     def write_study(self, name: str, toml_text: str, meta: Mapping[str, Any]) -> None:
         """Puts the study file and what is to be noted beside it in the place of earlier ones."""
-        data = json.dumps(dict(meta), sort_keys=True, allow_nan=False).encode()
+        data = json.dumps({**meta, _SUM: _sum(meta)}, sort_keys=True, allow_nan=False).encode()
         # The notes come last: a study counts from them on, so that it is never half there.
         self.files.write(paths.study_toml(name), toml_text.encode())
         self.files.write(paths.study_meta(name), data)
@@ -80,3 +83,8 @@ class Store:
         from orchestrator.store.ledger import Outcomes
 
         return Outcomes(self.files, name)
+
+
+def _sum(meta: Mapping[str, Any]) -> str:
+    """What tells a study's notes from damaged ones."""
+    return hashlib.sha256(json.dumps(dict(meta), sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -103,6 +104,44 @@ def test_a_holder_elsewhere_whose_counter_stands_still_is_dead(files: Files, bea
     assert mine.now == 15.0
 
 
+@pytest.mark.parametrize("ahead", [3600.0, -3600.0])
+def test_clocks_an_hour_apart_do_not_matter(files: Files, ahead: float) -> None:
+    """Neither the holder's wall clock nor its monotonic one is compared with ours."""
+    started = datetime.now(UTC) + timedelta(seconds=ahead)
+    holder = {"host": "there", "boot_id": "b", "pid": 1, "started_at": started.isoformat()}
+    assert files.create(f"{LEASES}/000001.json", json.dumps(holder).encode())
+    theirs, mine = Time(), Time()
+    theirs.now, mine.now = 1e6 + ahead, 1e6
+    lease = Lease(files, "s", 1, theirs)
+
+    def both_go_on() -> None:
+        theirs.now += 1.0
+        lease.beat()
+
+    mine.then = both_go_on
+    with pytest.raises(StoreError, match="process 1 on there"):
+        acquire(files, "s", host="here", pid=2, boot="b", clock=mine, sleep=mine.sleep)
+    mine.then = lambda: None
+    began = mine.now
+    assert acquire(files, "s", host="here", pid=2, boot="b", clock=mine, sleep=mine.sleep).epoch == 2
+    assert mine.now == began + 15.0
+
+
+def test_while_the_store_is_away_no_holder_counts_as_dead(tmp_path: Path) -> None:
+    """It could not beat then. Once the store answers again, it is watched for as long as ever."""
+    mine = Time()
+
+    class Away(Files):
+        def exists(self, path: str) -> bool:
+            mine.now += 60.0
+            return super().exists(path)
+
+    take(Files(tmp_path), host="there")
+    files = Away(tmp_path)
+    assert acquire(files, "s", host="here", pid=2, boot="b", clock=mine, sleep=mine.sleep).epoch == 2
+    assert mine.now >= 15 * 60.0
+
+
 def test_a_holder_elsewhere_that_lets_go_is_not_waited_for(files: Files) -> None:
     holder = take(files, host="there")
     mine = Time(holder.release)
@@ -135,6 +174,27 @@ def test_beats_are_rare(files: Files) -> None:
         lease.beat()
         counts.append(int(files.read(f"{LEASES}/000001.beat")))
     assert counts == [1, 1, 1, 2, 2, 3]
+
+
+def test_a_holder_that_was_taken_over_from_sees_it_at_its_next_beat(files: Files) -> None:
+    clock = Time()
+    holder = Lease(files, "s", take(files, pid=7).epoch, clock)
+    holder.beat()
+    holder.check()
+    assert take(files, pid=8).epoch == 2
+    clock.now = 4.0
+    holder.beat()
+    holder.check()
+    clock.now = 5.0
+    holder.beat()
+    for _ in range(2):
+        with pytest.raises(
+            StoreError, match=r"^study s was taken over by process 8 on here since 2\d{3}-.* stops here$"
+        ):
+            holder.check()
+    clock.now = 50.0
+    holder.beat()
+    assert files.read(f"{LEASES}/000001.beat") == b"1", "it beats on"
 
 
 def test_of_many_threads_one_gets_the_study(files: Files) -> None:

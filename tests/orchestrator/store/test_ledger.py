@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import StoreError
+from orchestrator.outcome import SCHEMA_VERSION
 from orchestrator.store import Files, Ledger
 from orchestrator.store.ledger import COLUMNS, schema
 from orchestrator.store.ledger import read as read_ledger
@@ -174,7 +175,7 @@ def test_the_compacted_file_is_trusted_as_it_is(files: Files) -> None:
     ledger.compact()
     table = pq.read_table(pa.BufferReader(files.read("studies/s/outcomes.parquet")))
     assert table.schema.metadata[b"covers"] == b"000001-00000002"
-    assert table.schema.metadata[b"schema_version"] == b"1"
+    assert table.schema.metadata[b"schema_version"] == str(SCHEMA_VERSION).encode()
     sink = pa.BufferOutputStream()
     pq.write_table(pa.concat_tables([table, table]), sink)
     files.write("studies/s/outcomes.parquet", sink.getvalue().to_pybytes())
@@ -549,3 +550,47 @@ def test_a_flush_beside_a_compaction_is_counted(tmp_path: Path) -> None:
 def test_a_wrong_study_name_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="not a study name"):
         Ledger(Files(tmp_path), "../x", 1)
+
+
+def test_what_an_older_driver_decides_after_a_newer_ones_first_merge_counts_for_nothing(files: Files) -> None:
+    old = Ledger(files, "s", 1)
+    write(old, 1)
+    Ledger(files, "s", 2).compact(grace_seconds=30.0)
+    write(old, 2)
+    for kind in ("proposals", "events"):
+        assert trials(files, kind) == [1]
+    assert trials(files) == [1, 2], "what was measured is a fact"
+    newest = Ledger(files, "s", 3)
+    newest.compact()
+    assert trials(files, "proposals") == [1]
+    assert parts(files, "proposals") == ["000003-00000000-proposals.all.parquet"]
+
+
+def test_covered_parts_stay_for_a_while_so_that_a_late_overwrite_loses_nothing(files: Files) -> None:
+    clock = Clock()
+    ledger = Ledger(files, "s", 1, clock)
+    write(ledger, 1)
+    ledger.compact(grace_seconds=30.0)
+    before = files.read("studies/s/outcomes.parquet")
+    write(ledger, 2)
+    clock.now = 29.0
+    ledger.compact(grace_seconds=30.0)
+    files.write("studies/s/outcomes.parquet", before)
+    assert trials(files) == [1, 2]
+    ledger.compact(grace_seconds=30.0)
+    assert trials(files) == [1, 2]
+    clock.now = 60.0
+    ledger.compact(grace_seconds=30.0)
+    assert trials(files) == [1, 2] and len(files.list(LEDGER)) == 2
+
+
+@pytest.mark.parametrize("kind", list(COLUMNS))
+def test_a_file_of_another_kind_is_set_aside(files: Files, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = Ledger(files, "s", 1)
+    write(ledger, 1)
+    for other in set(COLUMNS) - {kind}:
+        data = files.read(f"{LEDGER}/{parts(files, other)[0]}")
+        files.write(f"{LEDGER}/{parts(files, kind)[0]}", data)
+        with caplog.at_level(logging.WARNING, "orchardist.store"):
+            assert trials(files, kind) == []
+        assert f"it holds no {kind}" in caplog.text

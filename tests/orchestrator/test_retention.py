@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from orchestrator import Study
+from orchestrator.cli import main
+from orchestrator.errors import QueryError, StoreError
+from orchestrator.pools.local import LocalPool
+from orchestrator.pools.protocol import Event, Failed
+from orchestrator.state import from_bytes
+from orchestrator.store import acquire
+from tests.orchestrator.pools import small
+
+ELSEWHERE: dict[str, Any] = {"host": "elsewhere", "pid": 1, "boot": "b"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.write_task(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture
+def url() -> str:
+    return f"memory://{uuid4().hex}"
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "orchardist")
+
+
+def run(url: str, root: Path, **fields: Any) -> Study:
+    study = Study(small.spec(**fields), url, root=root)
+    assert not study.run(LocalPool()).failed
+    return study
+
+
+def front_keys(study: Study) -> set[str]:
+    return {key for point in study.front().points for key in point["keys"]}
+
+
+def there(study: Study) -> set[str]:
+    return set(study.store.states.keys())
+
+
+def test_what_no_front_needs_goes_and_the_rest_stays(url: str, root: Path) -> None:
+    study = run(url, root)
+    before, rows = there(study), study.table().num_rows
+    counted = study.sweep(dry_run=True)
+    assert there(study) == before and 0 < counted.states < len(before) and counted.bytes > 0
+    sizes = {key: study.store.states.size(key) for key in before}
+    swept = study.sweep()
+    gone = before - there(study)
+    assert swept == counted and len(gone) == swept.states and swept.bytes == sum(sizes[key] for key in gone)
+    assert front_keys(study) <= there(study)
+    assert study.table().num_rows == rows, "outcomes stay"
+    tickets = [row["detail"] for row in study.store.table("small", "events").to_pylist() if row["event"] == "tickets"]
+    for key in there(study):
+        header = study.store.states.header(key)
+        assert header is not None
+        lineage = json.loads(header["lineage"])
+        unpruned = {entry["op"] for entry in lineage} <= {"Init", "Train"}
+        assert key in front_keys(study) or unpruned or any(key in detail for detail in tickets), lineage
+    assert study.sweep().states == 0
+
+
+def test_after_it_the_study_is_as_finished_as_before(url: str, root: Path) -> None:
+    study = run(url, root)
+    front, status = study.front(), study.status()
+    study.sweep()
+    assert study.run(LocalPool()).done == 6
+    assert study.front() == front
+    assert study.status() | {"epochs": 0} == status | {"epochs": 0}, "nothing was run again"
+
+
+def test_more_trials_are_run_from_what_is_left(url: str, root: Path) -> None:
+    whole = run(f"memory://{uuid4().hex}", root, trials=12)
+    run(url, root).sweep()
+    study = run(url, root, trials=12)
+    assert front_keys(study) == front_keys(whole)
+    row = {key: value.weights for key, value in small.models(whole.store).items()}
+    for key in front_keys(study):
+        data = study.store.states.read(key)
+        assert data is not None
+        assert all((from_bytes(data).weights[name] == tensor).all() for name, tensor in row[key].items())
+
+
+def test_what_is_gone_is_made_again_to_the_bit(url: str, root: Path, tmp_path: Path) -> None:
+    study = run(url, root)
+    before = small.models(study.store)
+    study.sweep()
+    gone = sorted(before.keys() - there(study))
+    for key in (gone[0], gone[-1]):
+        folder = Study.open(url, "small").fetch(key, tmp_path / key)
+        assert json.loads((folder / "card.json").read_text())["certificate"]["reloaded"] == 0
+        data = study.store.states.read(key)
+        assert data is not None and small.same_bits(from_bytes(data), before[key])
+
+
+def test_what_cannot_be_made_again_says_why(url: str, root: Path, tmp_path: Path) -> None:
+    study = run(url, root)
+    keys = there(study)
+    study.sweep()
+    gone = min(keys - there(study))
+    changed = small.write_task(tmp_path / "changed")
+    (changed / "blobs.py").write_text((changed / "blobs.py").read_text().replace("manual_seed(0)", "manual_seed(1)"))
+    study.root = changed
+    with pytest.raises(QueryError, match="cannot be made again: the task, its data or the code"):
+        study.fetch(gone, tmp_path / "out")
+
+
+def test_other_studies_keep_what_they_need(url: str, root: Path) -> None:
+    first = run(url, root)
+    needed = front_keys(first)
+    # The same proposals under other objectives: the same states, another front.
+    other = run(url, root, name="other", objectives=["sparsity"], constraints={"sparsity": "<= 0.5"})
+    assert front_keys(other) - needed, "the other front has states of its own"
+    first.sweep()
+    assert front_keys(other) | needed <= there(first)
+
+
+def test_of_a_study_that_runs_elsewhere_every_state_stays(url: str, root: Path) -> None:
+    first = run(url, root)
+    other = run(url, root, name="other", trials=3)
+    shared = set(other.table()["key"].to_pylist())
+    acquire(other.store.files, "other", **ELSEWHERE)
+    first.sweep()
+    assert shared <= there(first)
+
+
+def test_a_study_that_is_being_run_is_refused(url: str, root: Path) -> None:
+    study = run(url, root)
+    lease = acquire(study.store.files, "small", **ELSEWHERE)
+    lease.beat()
+    before = there(study)
+    read = study.store.files.read
+
+    def moving(path: str) -> bytes:
+        """The other driver's counter moves whenever it is looked at."""
+        lease._beaten_at = float("-inf")
+        lease.beat()
+        return read(path)
+
+    study.store.files.read = moving  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="study small is being run by process 1 on elsewhere"):
+        study.sweep()
+    assert there(study) == before
+
+
+def test_keep_front_removes_the_rest_when_the_study_ends(url: str, root: Path) -> None:
+    study = run(url, root, keep="front")
+    assert front_keys(study) <= there(study)
+    assert study.sweep().states == 0
+    whole = run(f"memory://{uuid4().hex}", root)
+    assert study.spec.digest() == whole.spec.digest()
+    assert front_keys(study) == front_keys(whole) and len(there(study)) < len(there(whole))
+
+
+class Losing(LocalPool):
+    """States vanish while the study is under way: a few times all that are there."""
+
+    def __init__(self, study: Study) -> None:
+        super().__init__()
+        self._study = study
+        self._turn = 0
+        self.lost = 0
+
+    def completed(self, timeout_seconds: float) -> Sequence[Event]:
+        self._turn += 1
+        if self._turn in (4, 9, 15, 20):
+            for key in list(self._study.store.states.keys()):
+                self._study.store.states.delete(key)
+            assert self._worker is not None
+            self._worker._cache.clear()
+        events = super().completed(timeout_seconds)
+        self.lost += sum(isinstance(event, Failed) and event.kind == "gone" for event in events)
+        return events
+
+
+def test_states_that_vanish_under_a_running_study_are_made_again(url: str, root: Path) -> None:
+    whole = run(f"memory://{uuid4().hex}", root)
+    study = Study(small.spec(), url, root=root)
+    pool = Losing(study)
+    standing = study.run(pool)
+    assert (standing.done, standing.failed) == (6, 0)
+    assert pool.lost > 0
+    assert study.front() == whole.front()
+
+
+def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = run(str(tmp_path), root)
+    counted, before = study.sweep(dry_run=True), there(study)
+    assert call(["gc", "small", "--store", str(tmp_path), "--dry-run"]) == 0
+    said = f"{counted.states:,} states, {counted.bytes:,} bytes; {counted.kept:,} states are kept\n"
+    assert capsys.readouterr().out == f"would remove {said}" and there(study) == before
+    assert call(["gc", "small", "--store", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"removed {said}" and len(there(study)) == counted.kept
+    assert call(["gc", "small", "--store", str(tmp_path), "--format", "json"]) == 0
+    found = {"study": "small", "removed": True, "states": 0, "bytes": 0, "kept": counted.kept}
+    assert json.loads(capsys.readouterr().out) == [found]
+    assert call(["gc", "smal", "--store", str(tmp_path)]) == 2
+    assert "did you mean 'small'?" in capsys.readouterr().err
+
+
+def call(arguments: list[str]) -> int:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["orchardist", *arguments])
+        main()
+    return int(ended.value.code or 0)
