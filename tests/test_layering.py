@@ -33,6 +33,7 @@ ONLY = {
         "orchestrator/history.py",
         "orchestrator/catalogue.py",
         "orchestrator/code.py",
+        "orchestrator/shipping.py",
         "orchestrator/__init__.py",
     ),
 }

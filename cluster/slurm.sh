@@ -1,0 +1,65 @@
+#!/bin/bash
+# sbatch cluster/slurm.sh STUDY STORE [options of `orchardist run`]
+# Starts Ray on every node of the job, runs the study on it, and ends with the study's exit code. When the time is up,
+# submit the same line again: the study goes on from the store.
+#SBATCH --job-name=orchardist
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --gpus-per-node=4
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@120
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+if [ $# -lt 2 ]; then
+    echo "usage: sbatch cluster/slurm.sh STUDY STORE [options of orchardist run]" >&2
+    exit 2
+fi
+study=$1 store=$2
+shift 2
+
+export RAY_AUTH_MODE=token
+RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
+export RAY_AUTH_TOKEN
+export RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
+
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}
+port=$((20000 + SLURM_JOB_ID % 20000)) # jobs of others may share the node
+address=$head:$port
+room=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --temp-dir="/tmp/ray-$SLURM_JOB_ID")
+here=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head")
+
+"${here[@]}" ray start --head --block --port="$port" --include-dashboard=false "${room[@]}" &
+if [ "$SLURM_NNODES" -gt 1 ]; then
+    others=$((SLURM_NNODES - 1))
+    srun --overlap --nodes="$others" --ntasks="$others" --exclude="$head" bash -c '
+        until ray health-check --address "$0"; do sleep 2; done
+        exec ray start --block --address "$0" "$@"
+    ' "$address" "${room[@]:0:2}" &
+fi
+
+"${here[@]}" python -c '
+import sys, time, ray
+address, nodes = sys.argv[1], int(sys.argv[2])
+for attempt in range(60):
+    try:
+        ray.init(address=address, log_to_driver=False)
+        break
+    except ConnectionError:
+        time.sleep(5)
+while sum(node["Alive"] for node in ray.nodes()) < nodes:
+    time.sleep(1)
+' "$address" "$SLURM_NNODES"
+
+"${here[@]}" python -m orchestrator.entrypoint "$study" --store "$store" --address "$address" "$@" &
+driver=$!
+trap 'kill -TERM "$driver"' TERM # the driver alone: it needs Ray to stop cleanly
+code=0
+wait "$driver" || code=$?
+while kill -0 "$driver" 2> /dev/null; do # a signal ends `wait` early
+    code=0
+    wait "$driver" || code=$?
+done
+exit "$code"
