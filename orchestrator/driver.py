@@ -12,23 +12,26 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
 from orchestrator import history
 from orchestrator.canonical import digest
-from orchestrator.errors import InputError
+from orchestrator.errors import InputError, StoreError
 from orchestrator.front import column_of
 from orchestrator.graph import Facts, Graph, Segment
 from orchestrator.history import History
 from orchestrator.objectives import Objective
-from orchestrator.outcome import DENSE_TRIAL
-from orchestrator.plan import Plan, dense_plan, trial_plan
+from orchestrator.outcome import CONTROL_TRIAL, DENSE_TRIAL
+from orchestrator.plan import Plan
+from orchestrator.planning import dense_plan, trial_plan
 from orchestrator.pools.protocol import Ended, Event, Failed, Pool, Reported
 from orchestrator.progress import Progress, Silent, Standing
+from orchestrator.settings import FINAL
 from orchestrator.spec import StudySpec
 from orchestrator.store.lease import Lease
+from orchestrator.store.ledger import GRACE_SECONDS
 from orchestrator.store.store import Store
 from orchestrator.tasks.info import TaskInfo
 from search.proposer import LEARNS, Ahead, Proposal, make
@@ -60,11 +63,18 @@ class _Trial:
     params: dict[str, Any]
     plans: list[Plan]
     missing: set[str] = field(default_factory=set)
+    comparing: set[str] = field(default_factory=set)
+    """Controls of its tickets that are still to come; one that fails is merely missing from the comparison."""
     failure: str = ""
 
     @property
+    def settled(self) -> bool:
+        """Whether there is nothing more to wait for."""
+        return bool(self.failure) or not (self.missing or self.comparing)
+
+    @property
     def epochs(self) -> float:
-        return sum(plan.steps / plan.steps_per_epoch for plan in self.plans)
+        return sum(plan.epochs for plan in self.plans)
 
     @property
     def stages(self) -> int:
@@ -134,7 +144,11 @@ class Driver:
                 self.standing.note(setting.objectives, ended.values)
 
     def run(self) -> Standing:
-        """Run until every asked-for trial has ended. What is recorded stays recorded, however this ends."""
+        """Run until every asked-for trial has ended. What is recorded stays recorded, however this ends.
+
+        Raises:
+            StoreError: another driver has taken the study over, or the store cannot be written.
+        """
         self._event("started", detail={"epoch": self.lease.epoch, "task": self.setting.info.digest})
         learns = self.spec.sampler in LEARNS
         window = 2 * self.pool.workers if learns else max(AHEAD, 2 * self.pool.workers)
@@ -155,6 +169,7 @@ class Driver:
                 with _uninterrupted():
                     self._begin_dense()
                 while True:
+                    self.lease.check()
                     asked: list[Proposal] = []
                     room = min(window - len(self._trials) - len(resumed), to_ask)
                     # A sampler that looks at no result is asked for many proposals, to be recorded at once.
@@ -193,10 +208,14 @@ class Driver:
         self._add(self._dense)
 
     def _cuts(self) -> list[float]:
-        """Epochs of the dense training that trials may rewind to or, under a constant learning rate, end at."""
+        """Epochs of the dense training that trials rewind to, begin to prune at or, at a constant rate, end at."""
         epochs: set[float] = set()
+        per_epoch = self.setting.info.steps_per_epoch(self.spec.train.batch_size)
         if "rewind" in (self.space.possible("retrain") or ()):
             epochs.update(self.space.possible("rewind_epoch") or ())
+            epochs.update(step / per_epoch for step in self.space.possible("rewind_step") or ())
+        if "during" in (self.space.possible("phase") or ()):
+            epochs.update(self.space.possible("prune_begin") or (self.spec.train.epochs / 4,))
         if self.spec.train.lr_schedule == "constant" and "lr_schedule" not in self.space.names:
             epochs.update(self.space.possible("epochs") or ())
         return sorted(epoch for epoch in epochs if epoch) if len(epochs) <= MOST_CUTS else []
@@ -243,18 +262,25 @@ class Driver:
         self.standing.running = sum(number != DENSE_TRIAL for number in self._trials)
         for seed, plan in zip(self.spec.seeds, trial.plans, strict=True):
             rounds = {key: number for number, key in plan.points}
+            controls = plan.compared
             for node in plan.nodes:
                 if node.evaluated and node.key not in self._values:  # a trial's own dense model is its round 0
                     owner = trial.number, rounds.get(node.key, 0), seed, trial.params
+                    if node.task or (node.key in controls and node.key not in rounds):
+                        owner = CONTROL_TRIAL, controls.get(node.key, 0), seed, trial.params
                     self._owners.setdefault(node.key, owner)
             self._fail(self.graph.add(plan, self._facts), SHARED_FAILURE)
+            for key in controls:
+                if not self.graph.failed(key) and not self.graph.known(key):
+                    trial.comparing.add(key)
+                    self._waiting_for.setdefault(key, set()).add(trial.number)
             for _, key in plan.points:
                 if self.graph.failed(key):
                     trial.failure = trial.failure or SHARED_FAILURE
                 elif not self.graph.known(key):
                     trial.missing.add(key)
                     self._waiting_for.setdefault(key, set()).add(trial.number)
-        if not trial.missing or trial.failure:
+        if trial.settled:
             self._complete.append(trial.number)
 
     def _facts(self, key: str) -> Facts:
@@ -304,7 +330,8 @@ class Driver:
         for number in self._waiting_for.pop(event.key, ()) if facts.known else ():
             trial = self._trials[number]
             trial.missing.discard(event.key)
-            if not trial.missing and not trial.failure:
+            trial.comparing.discard(event.key)
+            if trial.settled and not trial.failure:
                 self._complete.append(number)
 
     def _epochs_of(self, segment: Segment, event: Reported) -> float:
@@ -313,7 +340,8 @@ class Driver:
         for step in segment.steps:
             recipe = getattr(step.op, "recipe", None)
             if recipe is not None:
-                epochs += step.steps / self.setting.info.steps_per_epoch(recipe.batch_size)
+                info = self.setting.info.others[step.task] if step.task else self.setting.info
+                epochs += step.steps / info.steps_per_epoch(recipe.batch_size)
             if step.key == event.key:
                 break
         return epochs
@@ -334,6 +362,11 @@ class Driver:
         return tuple(measures.get(name, metrics.get(name)) for name in self.columns)
 
     def _failed(self, event: Failed) -> None:
+        if event.kind == "gone":
+            self.graph.lost(event.key)
+            return
+        if event.kind == "store":  # no trial's fault: whoever runs the study again goes on from here
+            raise StoreError(event.message)
         reason = f"{event.kind}: {event.message}"
         self._event("stage failed", key=event.key, detail={"reason": reason, "traceback": event.traceback})
         self._fail(self.graph.fail(event.key), reason)
@@ -343,8 +376,13 @@ class Driver:
         for key in keys:
             for number in self._waiting_for.pop(key, ()):
                 trial = self._trials.get(number)
-                if trial is not None and not trial.failure:
+                if trial is None or trial.failure:
+                    continue
+                if key in trial.comparing:
+                    trial.comparing.discard(key)
+                else:
                     trial.failure = reason
+                if trial.settled:
                     self._complete.append(number)
 
     def _settle(self) -> None:
@@ -355,7 +393,7 @@ class Driver:
             if number != DENSE_TRIAL and self._dense_is_missing():
                 self._complete.append(number)
                 continue
-            for key in trial.missing:
+            for key in trial.missing | trial.comparing:
                 self._waiting_for.get(key, set()).discard(number)
             del self._trials[number]
             self.standing.running = sum(number != DENSE_TRIAL for number in self._trials)
@@ -404,6 +442,13 @@ class Driver:
                 "outcomes": len(self._values),
             },
         )
+        tickets = [
+            {"seed": seed, **asdict(ticket)}
+            for seed, plan in zip(self.spec.seeds, trial.plans, strict=True)
+            for ticket in plan.tickets
+        ]
+        if tickets:
+            self._event("tickets", trial=trial.number, detail={"params": trial.params, "tickets": tickets})
         self._ahead.tell(trial.number, values, constraints=constraints)
         for reached, _ in rounds.values():
             self.standing.note(self.setting.objectives, reached)
@@ -417,7 +462,7 @@ class Driver:
     ) -> None:
         """Under a rate or a threshold the first rounds of a trial are the shorter trial, where the space has it."""
         possible = self.space.possible("rounds") or ()
-        if "sparsity" in trial.params or rounds not in possible:
+        if any(name in trial.params for name in FINAL) or rounds not in possible:
             return
         if not all(map(math.isfinite, [*values, *constraints.values()])):
             return
@@ -487,15 +532,20 @@ class Driver:
             self._compaction.result()
             self._compaction = None
         if self._compaction is None and self.ledger.should_compact():
-            self._compaction = self._compactor.submit(self.ledger.compact)
+            self._compaction = self._compactor.submit(self.ledger.compact, GRACE_SECONDS)
 
     def _end(self) -> None:
-        detail = {"done": self.standing.done, "failed": self.standing.failed, "finished": self._finished}
-        self._event("ended", detail=detail)
+        if self.lease.lost:  # the newer driver decides from now on; what was measured is a fact all the same
+            self._rows["proposals"].clear()
+            self._rows["events"].clear()
+        else:
+            detail = {"done": self.standing.done, "failed": self.standing.failed, "finished": self._finished}
+            self._event("ended", detail=detail)
         try:
             self._record(at_once=True)
             self._compactor.shutdown()
-            self.ledger.compact()
+            if not self.lease.lost:
+                self.ledger.compact()
         finally:
             self._compactor.shutdown(wait=False)
             self.progress.end(self.standing)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev, stdev
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
     from orchestrator.store.ledger import Outcomes
 
 Columns = dict[str, NDArray[np.float64]]
+
+_CLASSES = ("class_accuracy", "test_class_accuracy")
+_DESCRIBED = ("key", "trial", "round", "seed", "params", *MEASURES, *_CLASSES, "layers", "metrics")
+"""The columns that a point is described by."""
+
+_LARGEST_VOLUME = 1000
+"""Numbers in a front of more than two objectives whose hypervolume is still a matter of a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +54,20 @@ class Front:
     points: tuple[dict[str, Any], ...]
     knee: int | None
     """The position in `points` where giving up any more of one objective for another stops paying."""
+    hypervolume: dict[str, Any] | None = None
+    """`value`, the volume that the points dominate, up to `reference`, by objective: 0 where more is better, the dense
+    model's value where less is. None where one point was asked for, something is missing, or it would take long."""
 
     def as_json(self) -> dict[str, Any]:
         """The document that `orchardist front --format json` prints."""
         names = [objective.name for objective in self.objectives]
-        return {"study": self.study, "objectives": names, "dense": self.dense, "front": list(self.points)}
+        return {
+            "study": self.study,
+            "objectives": names,
+            "dense": self.dense,
+            "hypervolume": self.hypervolume,
+            "front": list(self.points),
+        }
 
 
 def column_of(name: str) -> str:
@@ -79,23 +97,30 @@ def front(
         constraints: the study's own bounds.
 
     Raises:
-        QueryError: a measure that is unknown or was not measured, or bounds that nothing meets (with the nearest).
+        QueryError: a measure that is unknown, was not measured or is of the test split; or bounds that nothing meets
+            (with the nearest).
     """
     bounds = [_bound(text) for text in where]
+    for name in [bound.measure for bound in bounds] + ([minimise] if minimise else []):
+        if name.startswith("test_"):
+            raise QueryError(
+                f"{name!r} cannot choose a model: the test split is only ever reported; legal: {name[5:]!r}"
+            )
     bounds += [parse(text, measure=name) for name, text in (constraints or {}).items()]
     wanted = [o.column for o in objectives] + [column_of(b.measure) for b in bounds]
     wanted += [column_of(minimise)] if minimise else []
     outcomes = store.outcomes(study)
     points = read_points(outcomes, list(dict.fromkeys(wanted)), seeds)
+    _refuse_unmeasured(outcomes, points, study, [*(b.measure for b in bounds), *([minimise] if minimise else [])])
     dense = _describe_dense(outcomes, points)
     kept = _kept(points, bounds, dense or {}, where)
     if minimise is not None:
         values = points.columns[column_of(minimise)][kept]
         if len(kept) and np.isnan(values).all():
-            raise QueryError(f"{minimise!r} was not measured in the study {study!r}")
+            raise QueryError(f"{minimise!r} was not measured of the points that keep the bounds")
         chosen = kept[[int(np.nanargmin(values))]] if len(kept) else kept
     else:
-        values = np.column_stack([points.columns[o.column][kept] for o in objectives])
+        values = np.array([points.columns[o.column][kept] for o in objectives]).T
         chosen = kept[pareto.front(values, [o.direction for o in objectives])]
     chosen = _in_order(chosen, points, objectives)
     table = np.column_stack([points.columns[o.column][chosen] for o in objectives])
@@ -106,7 +131,65 @@ def front(
         dense=dense,
         points=tuple(_describe(outcomes, points, chosen, objectives)),
         knee=knee,
+        hypervolume=None if minimise else _hypervolume(table, objectives, dense),
     )
+
+
+class NothingMeets(QueryError):
+    """Bounds that no point of a study keeps; the message has the nearest."""
+
+
+def joined(fronts: Sequence[Front], minimise: str | None = None) -> Front:
+    """One front over those of several studies of one task, each point with its `study`; the dense model is the first's.
+
+    Args:
+        fronts: one or more; with `minimise` each has one point, of which the least is taken.
+        minimise: as for `front`.
+
+    Raises:
+        QueryError: their objectives differ.
+    """
+    first = fronts[0]
+    for other in fronts[1:]:
+        if other.objectives != first.objectives:
+            named = [", ".join(objective.name for objective in found.objectives) for found in (first, other)]
+            raise QueryError(
+                f"the studies {first.study!r} and {other.study!r} do not compare: their objectives are {named[0]}; "
+                f"and {named[1]}"
+            )
+    points = [{"study": found.study, **point} for found in fronts for point in found.points]
+    columns = [column_of(minimise)] if minimise else [o.column for o in first.objectives]
+    directions: list[pareto.Direction] = ["minimise"] if minimise else [o.direction for o in first.objectives]
+    values = np.array([[point[name] for name in columns] for point in points]).reshape(len(points), len(columns))
+    chosen = pareto.front(values, directions)[: 1 if minimise else None].tolist()
+    best = first.objectives[0]
+    chosen.sort(key=lambda i: -points[i][best.column] if best.direction == "maximise" else points[i][best.column])
+    table = values[chosen]
+    return Front(
+        study=", ".join(found.study for found in fronts),
+        objectives=first.objectives,
+        dense=first.dense,
+        points=tuple(points[i] for i in chosen),
+        knee=int(pareto.knee(table, directions)) if chosen else None,
+        hypervolume=None if minimise else _hypervolume(table, first.objectives, first.dense),
+    )
+
+
+def _hypervolume(
+    values: NDArray[np.float64], objectives: Sequence[Objective], dense: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    costly = len(objectives) > 2 and len(values) * len(objectives) > _LARGEST_VOLUME
+    if costly:
+        return None
+    reference: dict[str, float] = {}
+    for objective in objectives:
+        worst = 0.0 if objective.direction == "maximise" else (dense or {}).get(objective.column)
+        if worst is None:
+            return None
+        reference[objective.name] = worst
+    directions = [objective.direction for objective in objectives]
+    volume = pareto.hypervolume(values, directions, list(reference.values()))
+    return {"value": volume, "reference": reference}
 
 
 def read_points(outcomes: Outcomes, columns: Sequence[str], seeds: int) -> Points:
@@ -123,7 +206,7 @@ def read_points(outcomes: Outcomes, columns: Sequence[str], seeds: int) -> Point
             if metrics and not any(name in row for row in metrics):
                 raise QueryError(str(UnknownName("measure", name, known_measures(metrics[0]))))
     is_dense = trials == DENSE_TRIAL
-    rows = np.flatnonzero(~is_dense)
+    rows = np.flatnonzero(trials >= 0)
     if seeds == 1:
         return Points(
             trials=trials[rows],
@@ -145,6 +228,20 @@ def read_points(outcomes: Outcomes, columns: Sequence[str], seeds: int) -> Point
         dense_rows=np.flatnonzero(is_dense).tolist(),
         rows=groups,
     )
+
+
+def _refuse_unmeasured(outcomes: Outcomes, points: Points, study: str, asked: Sequence[str]) -> None:
+    """Refuse to choose by what nobody measured, and by times on several devices, which do not compare."""
+    for name in asked:
+        column = points.columns[column_of(name)]
+        if len(column) and np.isnan(column).all():
+            how = "; a study with it among its objectives or constraints does" if name == "latency_ms" else ""
+            raise QueryError(f"{name!r} was not measured in the study {study!r}{how}")
+    if "latency_ms" in asked:
+        devices = {device for device in outcomes.table(["device"])["device"].to_pylist() if device}
+        if len(devices) > 1:
+            several = ", ".join(sorted(devices))
+            raise QueryError(f"'latency_ms' was measured on several devices ({several}), whose times do not compare")
 
 
 def known_measures(metrics: Mapping[str, Any] = {}) -> list[str]:
@@ -175,7 +272,7 @@ def _kept(
             assert nearest is not None
             has = ", ".join(f"{name} = {values[nearest]:.4g}" for name, values in columns.items())
             place = f"trial {points.trials[nearest]}, round {points.rounds[nearest]}"
-            raise QueryError(f"no point keeps {' and '.join(map(str, bounds))}; the nearest ({place}) has {has}")
+            raise NothingMeets(f"no point keeps {' and '.join(map(str, bounds))}; the nearest ({place}) has {has}")
     except BoundError as error:
         raise QueryError(str(error)) from error
     return kept
@@ -196,13 +293,14 @@ def _describe(
     groups = [np.atleast_1d(points.rows[int(index)]).tolist() for index in chosen]
     if not groups:
         return []
-    rows = iter(outcomes.rows([row for group in groups for row in group]))
+    rows = iter(outcomes.rows([row for group in groups for row in group], _DESCRIBED))
     return [_point([next(rows) for _ in group], objectives) for group in groups]
 
 
 def _describe_dense(outcomes: Outcomes, points: Points) -> dict[str, Any] | None:
     """The dense model of the task as it is now: a change of task that was accepted leaves those of before behind."""
-    rows = outcomes.rows(points.dense_rows) if points.dense_rows else []
+    also = ("task_digest", "finished_at")
+    rows = outcomes.rows(points.dense_rows, (*_DESCRIBED, *also)) if points.dense_rows else []
     if not rows:
         return None
     latest = max(rows, key=lambda row: row["finished_at"] or 0.0)["task_digest"]
@@ -227,20 +325,29 @@ def _point(rows: Sequence[Mapping[str, Any]], objectives: Sequence[Objective]) -
         **{name: value for name, value in means.items() if value is not None},
     }
     point["std"] = {
-        name: float(np.std(values, ddof=1))
-        for name, values in by_name.items()
-        if len(rows) > 1 and means[name] is not None
+        name: stdev(values) for name, values in by_name.items() if len(rows) > 1 and means[name] is not None
     }
-    for name in ("class_accuracy", "test_class_accuracy"):
+    point["half_width"] = _half_widths(point["std"], len(rows))
+    for name in _CLASSES:
         lists = [row[name] for row in rows if row[name]]
         if lists:
             columns = zip(*lists, strict=True)
             point[name] = [_mean([_float(value) for value in column]) for column in columns]
     point["layers"] = json.loads(rows[nearest]["layers"] or "{}")
-    for name in ("nonzero_params", "total_params", "flops", "bytes"):
-        if name in point and float(point[name]).is_integer():
+    for name, kind in MEASURES.items():
+        if kind == "integer" and name in point and float(point[name]).is_integer():
             point[name] = int(point[name])
     return point
+
+
+def _half_widths(deviations: Mapping[str, float], seeds: int) -> dict[str, float]:
+    """Half of the 95 % interval of each mean over seeds (Student's t)."""
+    if not deviations:
+        return {}
+    from scipy.special import stdtrit
+
+    factor = float(stdtrit(seeds - 1, 0.975)) / math.sqrt(seeds)
+    return {name: factor * deviation for name, deviation in deviations.items()}
 
 
 def _distance(
@@ -250,14 +357,13 @@ def _distance(
     total = 0.0
     for objective in objectives:
         values, mean = by_name[objective.column], means[objective.column]
-        spread = float(np.std(values))
-        if mean is not None and spread > 0:
+        if mean is not None and (spread := pstdev(values)) > 0:
             total += ((values[row] - mean) / spread) ** 2
     return total
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values and np.isfinite(values).all() else None
+    return fmean(values) if values and all(map(math.isfinite, values)) else None
 
 
 def _float(value: Any) -> float:

@@ -37,6 +37,8 @@ class Step:
     key: str
     op: Op
     inputs: tuple[str, ...]
+    task: str = ""
+    """The name of the task that it runs in; empty: the study's own."""
     goes_on: bool = False
     """The input is a cut of the same run of training, not its start."""
     steps: int = 0
@@ -81,7 +83,7 @@ class Segment:
 
 
 _Run = tuple[str, str]
-"""What names a run of training: the state where it starts, and everything of its op but the position to reach."""
+"""What names a run of training: the state where it starts, and task and op without the position to reach."""
 
 
 @dataclass
@@ -185,6 +187,13 @@ class Graph:
             )
         self._review(key)
 
+    def lost(self, key: str) -> None:
+        """A state that was there has been removed: it is made again if something needs it."""
+        if key in self._entries:
+            entry = self._entries[key]
+            entry.facts = replace(entry.facts, present=False, resumable=False)
+        self._review(key)
+
     def give_back(self, segment: Segment) -> None:
         """The segment's unreported stages were not run after all; they are ready again."""
         for step in segment.steps:
@@ -222,7 +231,7 @@ class Graph:
         return key in self._entries and self._entries[key].failed and not self._entries[key].facts.known
 
     def _enter(self, node: Node) -> _Entry:
-        run = (node.parents[0], repr(replace(node.op, to=0))) if isinstance(node.op, Train) else None
+        run = (node.parents[0], repr((node.task, replace(node.op, to=0)))) if isinstance(node.op, Train) else None
         entry = self._entries[node.key] = _Entry(node=node, run=run, failed=node.key in self._failed)
         for parent in node.parents:
             self._entries[parent].children.add(node.key)
@@ -394,6 +403,7 @@ class Graph:
             key=key,
             op=node.op,
             inputs=inputs,
+            task=node.task,
             goes_on=goes_on,
             steps=steps,
             evaluated=node.evaluated and not entry.facts.known,

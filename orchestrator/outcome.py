@@ -5,10 +5,14 @@ This module is plain data. `store/ledger.py` turns the column tables into Arrow 
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 DENSE_TRIAL = -1
 """The trial number of the dense models, which are run outside `trials`."""
+
+CONTROL_TRIAL = -2
+"""The trial number of the controls that tickets are compared with, and of every state of another task than the study's
+own, which are no points of a front."""
 
 MEASURES: dict[str, str] = {
     "accuracy": "float",
@@ -24,6 +28,7 @@ MEASURES: dict[str, str] = {
     "compression_ratio": "float",
     "flops": "integer",
     "flops_effective": "float",
+    "flops_shrunk": "integer",
     "theoretical_speedup": "float",
     "bytes": "integer",
     "latency_ms": "float",
@@ -72,6 +77,6 @@ EVENT_COLUMNS: dict[str, str] = {
     "at": "float",
     "detail": "json",
 }
-"""`event` is one of: started, ended (a driver); done, failed (a trial); dense failed (the dense model, and with it the
+"""`event` is one of: tickets (of a trial: its tickets with the keys of their controls), started, ended (a driver); done, failed (a trial); dense failed (the dense model, and with it the
 study); stage failed (one stage, with its traceback); shorter (the first rounds of a trial, told to the sampler as a
 trial of their own); work (one stage that was run or found: epochs, stages, seconds)."""

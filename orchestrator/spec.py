@@ -9,22 +9,25 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from orchestrator.canonical import digest
 from orchestrator.errors import InputError, SpecError, UnknownName
+from orchestrator.mixes import resolve
+from orchestrator.pruning.patterns import UNITS
 from orchestrator.settings import (
     IN_SPACE,
+    OtherTask,
     PruneSettings,
     Section,
     Settings,
+    TicketSettings,
     TrainSettings,
     Whole,
     check_value,
     complaints,
-    resolve,
 )
 from search.proposer import SAMPLERS
 from search.query import BoundError, parse
@@ -32,6 +35,10 @@ from search.space import Choice, Parameter, Range, Space, SpaceError, flatten
 from search.space import parse as parse_space
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
+OPEN = ("trials", "enqueue", "keep")
+"""What may change from one run of a study to the next."""
+
 MOST_MIXES = 1000
 """How many mixes of choices are tried out before a study starts; of larger spaces, as many drawn at random."""
 
@@ -54,11 +61,16 @@ class StudySpec(Section):
     objectives: tuple[str, ...] = Field(
         default=("accuracy", "sparsity"), min_length=1, description="see `list objectives`"
     )
+    keep: Literal["all", "front"] = Field(
+        default="all", description="the states that stay when the study has ended; others are made again when asked for"
+    )
     sampler: str = Field(default="tpe", description="see `list samplers`")
     sampler_seed: Seed = Field(default=0, description="proposal n is drawn under (sampler_seed, n)")
     task_params: dict[str, Any] = Field(default={}, description="arguments of the task function")
+    checkpoint: str = Field(default="", description="a file of weights that the task's model starts from")
     train: TrainSettings = TrainSettings()
     prune: PruneSettings = PruneSettings()
+    tickets: TicketSettings = TicketSettings()
     space: dict[str, Any] = Field(
         default={}, description="what the sampler chooses; a list is a choice, a plain value is fixed"
     )
@@ -113,6 +125,13 @@ class StudySpec(Section):
             raise ValueError(str(UnknownName("sampler", name, SAMPLERS)))
         return name
 
+    @field_validator("checkpoint")
+    @classmethod
+    def _checkpoint(cls, path: str) -> str:
+        if path and not path.endswith(CHECKPOINTS):
+            raise ValueError(f"{path!r} must end in {', '.join(CHECKPOINTS[:-1])} or {CHECKPOINTS[-1]}")
+        return path
+
     @field_validator("seeds", "objectives")
     @classmethod
     def _different(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -124,6 +143,11 @@ class StudySpec(Section):
     @classmethod
     def _plain(cls, value: Any) -> Any:
         return _plain(value)
+
+    @field_validator("tickets", mode="before")
+    @classmethod
+    def _plain_table(cls, value: Any) -> Any:
+        return _plain(value) if isinstance(value, Mapping) else value
 
     @field_validator("constraints")
     @classmethod
@@ -149,6 +173,12 @@ class StudySpec(Section):
                 space.grid()
         except SpaceError as error:
             raise ValueError(str(error)) from error
+        if any(task.label == self.task for task in self.tickets.tasks):
+            raise ValueError(f"tickets.tasks: the study's own task is called {self.task!r}; legal: another name")
+        if self.tickets.ticket and "ticket" not in (space.possible("phase") or ()):
+            raise ValueError(
+                "tickets.ticket: a ticket file is for phase 'ticket'; legal with it: space.phase = \"ticket\""
+            )
         return self
 
     def search_space(self) -> Space:
@@ -159,6 +189,14 @@ class StudySpec(Section):
         """The enqueued proposals as flat parameters, in order."""
         return [self.search_space().validate(flatten(entry), "enqueue") for entry in self.enqueue]
 
+    def structures(self) -> tuple[str, ...]:
+        """The structures of units that a proposal may name."""
+        return tuple(name for name in self.search_space().possible("structure") or () if name in UNITS)
+
+    def budgeted(self) -> bool:
+        """Whether a proposal may have a FLOPs budget."""
+        return self.search_space().possible("flops_budget") != ()
+
     def functions(self) -> list[str]:
         """The user's own functions that the study names, as `package.module:function`."""
         names = self.search_space().possible("criterion") or ()
@@ -166,7 +204,7 @@ class StudySpec(Section):
 
     def settings(self, params: Mapping[str, Any], code: Mapping[str, str] | None = None) -> Settings:
         """One proposal's parameters laid over the study's constants; raises PlanError for a mix without sense."""
-        return resolve(self.train, self.prune, params, code)
+        return resolve(self.train, self.prune, params, code, self.tickets)
 
     def mixes(self) -> list[dict[str, Any]]:
         """Mixes of choices to try out beforehand: all, with ranges at their ends, or `MOST_MIXES` drawn at random."""
@@ -200,7 +238,7 @@ class StudySpec(Section):
 
         The order of the space's parameters is part of it, as it decides what proposal n is.
         """
-        plain = self.model_dump(exclude={"trials", "enqueue"}, exclude_defaults=True)
+        plain = self.model_dump(exclude=set(OPEN), exclude_defaults=True)
         return digest(plain | ({"space": json.dumps(self.space)} if self.space else {}))
 
     def to_toml(self) -> str:
@@ -275,7 +313,14 @@ def _legal(line: str) -> str:
     if not message.startswith("extra inputs are not permitted"):
         return line
     table, _, key = where.rpartition(".")
-    sections: dict[str, type[Section]] = {"": StudySpec, "train": TrainSettings, "prune": PruneSettings}
+    table = re.sub(r"\.\d+$", "", table)
+    sections: dict[str, type[Section]] = {
+        "": StudySpec,
+        "train": TrainSettings,
+        "prune": PruneSettings,
+        "tickets": TicketSettings,
+        "tickets.tasks": OtherTask,
+    }
     known = sections[table].model_fields if table in sections else {}
     place = f"in [{table}]" if table else "at the top level"
     return str(UnknownName(f"key {place}:", key, known))

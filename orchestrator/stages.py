@@ -5,35 +5,73 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
+from math import ceil
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator import training
+from orchestrator.coordinates import in_full, in_part
+from orchestrator.errors import StageFailed
 from orchestrator.measures.flops import Flops, count
 from orchestrator.narrowing import HOOKS, Narrowable, examine
-from orchestrator.ops import Init, Op, Prune, Rewind, Train
+from orchestrator.ops import (
+    SHRUNK,
+    Combine,
+    Control,
+    Gather,
+    Given,
+    Init,
+    Op,
+    Prune,
+    Recalibrate,
+    Regrow,
+    Rewind,
+    Train,
+    Transfer,
+)
 from orchestrator.pruning import criteria
-from orchestrator.pruning.prune import prune
+from orchestrator.pruning.budget import Costs
+from orchestrator.pruning.parts import made_by
+from orchestrator.pruning.patterns import UNITS
+from orchestrator.pruning.prune import Network, prune, scored
+from orchestrator.pruning.regrow import needs as regrowth_needs
+from orchestrator.pruning.regrow import regrow
+from orchestrator.pruning.structure import Units, kept_units
+from orchestrator.recalibration import recalibrate
 from orchestrator.seeds import derive
 from orchestrator.state import State, into_model, of_model
-from orchestrator.tasks.data import Batches, InMemory, move
+from orchestrator.statistics import gather
+from orchestrator.tasks.data import Batches, InMemory, Split, move
 from orchestrator.tasks.describe import example_of
+from orchestrator.tasks.info import TaskInfo, UnitCounts
 from orchestrator.tasks.load import LoadedTask, isolated
+from orchestrator.tickets.stage import combine, controlled, like_reference, transferred
+
+if TYPE_CHECKING:
+    from orchestrator.pruning.coupling import Found
+    from orchestrator.shrinking import Shrunk
+
+
+MOST_AT_ONCE = 256
+"""Examples in a batch of those that statistics are gathered over, at most."""
 
 
 class Stages:
     """Runs ops for one task on one device; holds the model and the data there."""
 
-    def __init__(self, loaded: LoadedTask, device: str = "cpu") -> None:
+    def __init__(self, loaded: LoadedTask, device: str = "cpu", given: State | None = None) -> None:
         self.loaded = loaded
+        self.given = given
+        """The ticket that the study was given."""
         self.device = torch.device(device)
         self.train = loaded.train.to(self.device)
         self.example = move(example_of(loaded), self.device)
         self._template: nn.Module | None = None
+        self._units: dict[str, Found] = {}
 
     @cached_property
     def silent(self) -> Tensor | None:
@@ -61,6 +99,15 @@ class Stages:
         """Names of the prunable tensors in model order."""
         return [layer.name for layer in self.loaded.info.layers]
 
+    def info(self, structures: Sequence[str] = (), *, budgets: bool = False) -> TaskInfo:
+        """The task as the driver sees it, with the units of `structures` and, for budgets, the model's FLOPs."""
+        units = {}
+        for structure in structures:
+            found = self.units(structure)
+            groups = {group.name: made_by(group, self.prunable) for group in found.units}
+            units[structure] = UnitCounts(groups=groups, refused=tuple(found.refused.items()))
+        return replace(self.loaded.info, units=units, flops=self.flops.by_tensor if budgets else {})
+
     def model(self) -> nn.Module:
         """A fresh copy of the model on the device, with whatever weights; modules that keep counts start anew."""
         if self._template is None:
@@ -87,46 +134,179 @@ class Stages:
         match op:
             case Init():
                 return State(weights=of_model(build(self.loaded, op)))
+            case Given():
+                if self.given is None:
+                    raise StageFailed("the ticket file did not come along")
+                return self.given
             case Train():
-                return training.train(
-                    self.model(),
-                    parents[0],
-                    op,
-                    self.loaded.task,
-                    self.train,
-                    steps_per_epoch=self.loaded.info.steps_per_epoch(op.recipe.batch_size),
-                    layers=self.narrowable,
-                    silent=self.silent,
-                    probe=probe,
-                    probe_every=probe_every,
-                )
+                return self._train(op, parents[0], probe, probe_every)
+            case Gather():
+                return self._gather(op, parents[0])
             case Prune():
-                return self._prune(op, parents[0])
+                return self._prune(op, parents)
+            case Regrow():
+                return self._regrow(op, parents)
+            case Recalibrate():
+                return self._recalibrate(op, parents[0])
+            case Combine():
+                return combine(op, parents, self.prunable)
+            case Control():
+                return controlled(op, parents)
+            case Transfer():
+                return transferred(op, parents)
             case Rewind():
                 return rewind(op, parents)
 
-    def _prune(self, op: Prune, state: State) -> State:
-        weights = {name: state.weights[name] for name in self.prunable}
+    def units(self, structure: str) -> Found:
+        """The units of a structure that can be removed, and the layers whose units cannot, with the reasons."""
+        from orchestrator.pruning.finding import find  # it takes a second, which only structured pruning needs
 
-        def supply(need: str) -> Mapping[str, Tensor]:
-            return self._generators(op) if need == "generator" else self._gradient(op, state)
+        if structure not in self._units:
+            with isolated(0), training.arithmetic(self.device):
+                self._units[structure] = find(self.model(), self.example, structure, self.prunable)
+        return self._units[structure]
 
-        return replace(state, masks=prune(op, weights, state.masks, supply)).masked()
+    @cached_property
+    def costs(self) -> Costs:
+        """What the dense model costs, for budgets."""
+        sizes = {name: parameter.numel() for name, parameter in self.model().named_parameters()}
+        return Costs(sizes=sizes, prunable=frozenset(self.prunable), flops=self.flops.by_tensor)
 
-    def _generators(self, op: Prune) -> dict[str, Any]:
-        assert op.seed is not None
-        return {
-            name: torch.Generator().manual_seed(derive(op.seed, op.criterion, op.round or 0, name))
-            for name in self.prunable
-        }
+    @cached_property
+    def removable(self) -> tuple[Units, ...]:
+        """All units that can be cut out of the model."""
+        from orchestrator.pruning.finding import removable
 
-    def _gradient(self, op: Prune, state: State) -> Mapping[str, Tensor]:
-        assert op.seed is not None
-        examples = dict(op.parameters).get("examples", criteria.EXAMPLES)
-        generator = torch.Generator().manual_seed(derive(op.seed, "examples", op.criterion, op.round or 0))
+        with isolated(0), training.arithmetic(self.device):
+            return removable(self.model(), self.example, self.prunable)
+
+    def shrunk(self, state: State) -> Shrunk | None:
+        """The state's model without the units that its masks remove; None where they remove none.
+
+        Raises:
+            ShrinkRefused: the smaller model could not be shown to compute the same.
+        """
+        from orchestrator.shrinking import shrink
+
+        if all(bool(kept_units(group, state.masks).all()) for group in self.removable):
+            return None
+        with isolated(0), training.arithmetic(self.device):
+            return shrink(self.model_of(state), state.masks, self.removable, self.example)
+
+    def _train(self, op: Train, state: State, probe: training.Probe | None, probe_every: int) -> State:
+        data = self._share(op)
+        steps = self.loaded.info.steps_per_epoch(op.recipe.batch_size)
+        run = partial(
+            training.train,
+            op=op,
+            task=self.loaded.task,
+            data=data,
+            steps_per_epoch=steps if isinstance(data, Batches) else ceil(len(data) / op.recipe.batch_size),
+            prunable=self.prunable,
+            probe=probe,
+            probe_every=probe_every,
+        )
+        shrunk = self.shrunk(state) if op.recipe.arithmetic.endswith(SHRUNK) and state.masks else None
+        if shrunk is None:
+            return run(self.model(), state, layers=self.narrowable, silent=self.silent)
+        trained = [name for name, parameter in self.model().named_parameters() if parameter.requires_grad]
+        return in_full(run(shrunk.model, in_part(state, shrunk), layers=training.WHOLE), state, shrunk, trained)
+
+    def _share(self, op: Train) -> Split | Batches:
+        """The training data, or the share of them that `op` trains on."""
+        if op.share == 1:
+            return self.train
+        if isinstance(self.train, Batches):
+            raise StageFailed("vary 'data' draws training examples, but the task's train is a function of the epoch")
+        generator = torch.Generator().manual_seed(derive(op.share_seed, "share"))
+        chosen = torch.randperm(len(self.train), generator=generator)[: ceil(op.share * len(self.train))]
+        return self.train.subset(chosen.sort().values)
+
+    def _gather(self, op: Gather, state: State) -> State:
+        found: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(derive(op.seed, "examples", op.round))
         # A dataset may augment, and a model may draw in evaluation mode too.
-        with isolated(derive(op.seed, "gradient", op.criterion, op.round or 0)):
-            return training.gradient(self.model(), state, self.loaded.task, self._examples(examples, generator))
+        with isolated(derive(op.seed, "gather", op.round)), training.arithmetic(self.device):
+            batches = list(self._examples(op.examples, generator))
+            for what in op.what:
+                values = gather(
+                    what,
+                    self.model_of(state),
+                    self.loaded.task,
+                    batches,
+                    self.prunable,
+                    seed=derive(op.seed, what, op.round),
+                    example=self.example,
+                    parameters=dict(op.parameters),
+                )
+                found |= {f"{what}/{name}": value for name, value in values.items()}
+        return State(weights={}, gathered=found, position=state.position)
+
+    def _prune(self, op: Prune, parents: Sequence[State]) -> State:
+        state = parents[0]
+        if op.like:
+            *parents, reference = parents
+            op = like_reference(op, state, reference, {layer.name: layer.size for layer in self.loaded.info.layers})
+        gathered = {**state.gathered, **(parents[1].gathered if len(parents) > 1 else {})}
+
+        def supply(need: str) -> Mapping[str, Any]:
+            if need == "generator":
+                return self._generators(op.criterion, op.seed, op.round)
+            if need in criteria.FROM_STATE:
+                with isolated(0), training.arithmetic(self.device):
+                    return gather(
+                        need,
+                        self.model_of(state),
+                        self.loaded.task,
+                        [],
+                        list(scored(op, network)),
+                        seed=0,
+                        example=self.example,
+                        parameters={},
+                    )
+            return _under(need, gathered)
+
+        network = Network(
+            weights={name: state.weights[name] for name in self.prunable},
+            masks=state.masks,
+            shapes={name: tensor.shape for name, tensor in state.weights.items()},
+            units=self.units(op.structure).units if op.structure in UNITS else (),
+            costs=lambda: self.costs,
+        )
+        pruned = prune(op, network, supply)
+        weights = {**state.weights, **pruned.moved}
+        return replace(state, weights=weights, masks=pruned.masks, remarks=pruned.remarks).masked()
+
+    def _regrow(self, op: Regrow, parents: Sequence[State]) -> State:
+        state = parents[0]
+        needs = regrowth_needs(op.by)
+        gradient = _under("gradient", parents[1].gathered) if "gradient" in needs else {}
+        generators = self._generators(op.by, op.seed, op.round) if "generator" in needs else {}
+        kept = {name for name, factor in op.factors if factor == 0}
+        masks = dict(state.masks)
+        for name in self.prunable:
+            if name in masks and name not in kept:
+                masks[name] = regrow(
+                    op.by,
+                    masks[name],
+                    state.weights[name],
+                    op.fraction,
+                    name=name,
+                    gradient=gradient.get(name),
+                    generator=generators.get(name),
+                )
+        return replace(state, masks=masks, remarks={}).masked()
+
+    def _recalibrate(self, op: Recalibrate, state: State) -> State:
+        model = self.model_of(state)
+        generator = torch.Generator().manual_seed(derive(op.seed, "recalibrate"))
+        with isolated(derive(op.seed, "recalibration")), training.arithmetic(self.device):
+            recalibrate(model, self._examples(op.examples, generator))
+        return replace(state, weights=of_model(model), remarks=state.remarks).masked()
+
+    def _generators(self, purpose: str, seed: int | None, number: int | None) -> dict[str, Any]:
+        assert seed is not None
+        return {name: torch.Generator().manual_seed(derive(seed, purpose, number or 0, name)) for name in self.prunable}
 
     def _examples(self, count: int, generator: torch.Generator) -> Iterator[Any]:
         """`count` training examples in batches, drawn by `generator`; whole batches where data bring their own."""
@@ -137,8 +317,22 @@ class Stages:
                 if count <= 0:
                     break
         else:
-            for indices in torch.split(torch.randperm(len(self.train), generator=generator)[:count], 256):
+            chosen = torch.randperm(len(self.train), generator=generator)[:count]
+            # Of equal sizes: in a last batch of one example a norm would find no variance.
+            for indices in torch.tensor_split(chosen, ceil(len(chosen) / MOST_AT_ONCE)):
                 yield self.train.take(indices)
+
+
+def _under(what: str, gathered: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The statistic `what` by parameter name.
+
+    Raises:
+        StageFailed: nobody gathered it.
+    """
+    found = {name.removeprefix(f"{what}/"): tensor for name, tensor in gathered.items() if name.startswith(f"{what}/")}
+    if not found:
+        raise StageFailed(f"the criterion needs {what!r}, which the training before this pruning did not gather")
+    return found
 
 
 def build(loaded: LoadedTask, op: Init) -> nn.Module:
@@ -180,5 +374,5 @@ def rewind(op: Rewind, parents: Sequence[State]) -> State:
     pruned = parents[0]
     if op.what == "lr":
         assert op.to is not None
-        return replace(pruned, optimizer={}, position=op.to)
+        return replace(pruned.without_optimizer(), position=op.to)
     return replace(parents[1], masks=pruned.masks).masked()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,22 +11,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import history
-from orchestrator.errors import InputError, QueryError, SpecError, UnknownName
-from orchestrator.front import Front, column_of, front, known_measures
+from orchestrator.errors import InputError, PlanError, QueryError, SpecError, UnknownName
+from orchestrator.front import Front, NothingMeets, column_of, front, joined, known_measures
+from orchestrator.mixes import warnings
 from orchestrator.objectives import NOT_MEASURED, OBJECTIVES, Objective, objectives
-from orchestrator.plan import trial_plan
+from orchestrator.planning import trial_plan
 from orchestrator.progress import Progress, Standing
-from orchestrator.spec import StudySpec, mix_refused, read_text
+from orchestrator.spec import OPEN, StudySpec, mix_refused, read_text
+from orchestrator.store import paths
 from orchestrator.store.lease import Lease, acquire, beating, held, this_process
+from orchestrator.store.paths import DEFAULT_STORE
 from orchestrator.store.store import Store
 from search.proposer import preload
 
 if TYPE_CHECKING:
     from orchestrator.driver import Setting
     from orchestrator.pools.protocol import Job, Pool
+    from orchestrator.retention import Swept
+    from orchestrator.settings import OtherTask
     from orchestrator.tasks.info import TaskInfo
 
-DEFAULT_STORE = "./orchard"
+_CHANGES_SHOWN = 2
+_LONGEST_VALUE = 60
 
 
 class Study:
@@ -43,13 +50,14 @@ class Study:
         self.root = Path(root).resolve()
         self._meta: dict[str, Any] | None = None
         self._text = ""
+        self._path = ""
 
     @classmethod
     def load(cls, path: str | Path, store: str | Path = DEFAULT_STORE) -> Study:
         """The study that a TOML file describes; its task's path is relative to the file's folder."""
         text = read_text(path)
         study = cls(StudySpec.parse(text, str(path)), store, root=Path(path).parent)
-        study._text = text
+        study._text, study._path = text, str(path)
         return study
 
     @classmethod
@@ -86,7 +94,7 @@ class Study:
             accept_task_change: go on although the task's code or data are not what the study began with.
 
         Raises:
-            InputError: something in the study, its task or the store is wrong.
+            InputError: something in the study, its task or the store is wrong, or another driver runs it.
         """
         self._refuse_early()
         lease = acquire(self.store.files, self.spec.name, **this_process())
@@ -118,24 +126,28 @@ class Study:
         try:
             importing.join()
             from orchestrator.driver import Driver, Setting
+            from orchestrator.store.ledger import GRACE_SECONDS
 
             with self._nonce() as nonce:
                 sources = self._bind_functions()
                 info = pool.prepare(self._job(sources, nonce))
                 code = {name: source.digest for name, source in sources.items()}
                 self._refuse_other_task(info, code, accept_task_change)
-                setting = Setting(
-                    spec=self.spec,
-                    info=info,
-                    objectives=objectives(self.spec.objectives, info),
-                    code=code,
-                )
-                self._check(setting)
+                with self._naming_its_file():
+                    found = objectives(self.spec.objectives, info)
+                    setting = Setting(spec=self.spec, info=info, objectives=found, code=code)
+                    self._check(setting)
+                lease.check()  # workers may take so long to come that another driver is there first
                 self._write(setting)
                 # What an older driver still writes from here on decides nothing any more.
-                self.store.ledger(self.spec.name, lease.epoch).compact()
+                self.store.ledger(self.spec.name, lease.epoch).compact(GRACE_SECONDS)
                 past = history.read(self.store, self.spec.name)
-                return Driver(setting, self.store, pool, lease, past, progress).run()
+                standing = Driver(setting, self.store, pool, lease, past, progress).run()
+                if self.spec.keep == "front":
+                    from orchestrator.retention import sweep
+
+                    sweep(self.store, self.spec.name, lease)
+                return standing
         finally:
             if ours:
                 pool.close()
@@ -143,15 +155,20 @@ class Study:
     def check(self) -> TaskInfo:
         """Everything that `run` refuses, found out in this process without running or writing anything."""
         from orchestrator.driver import Setting
-        from orchestrator.tasks.load import load
-        from orchestrator.tasks.source import collect
+        from orchestrator.pools.worker import Worker
 
         sources = self._bind_functions()
-        info = load(collect(self.spec.task, self.root), self.spec.task_params, self.root).info
+        info = Worker(self._job(sources, nonce="")).info
         code = {name: source.digest for name, source in sources.items()}
-        found = objectives(self.spec.objectives, info)
-        self._check(Setting(spec=self.spec, info=info, objectives=found, code=code))
+        with self._naming_its_file():
+            found = objectives(self.spec.objectives, info)
+            self._check(Setting(spec=self.spec, info=info, objectives=found, code=code))
         return info
+
+    def warnings(self) -> list[str]:
+        """What the study may do that is legal, but hardly what was meant; a line for each, after `check` or `run`."""
+        found = (line for settings in self.spec.check_mixes() for line in warnings(settings))
+        return list(dict.fromkeys(found))
 
     def front(self, where: Sequence[str] = (), minimise: str | None = None) -> Front:
         """The non-dominated points that keep every bound in `where`; with `minimise`, the best of them."""
@@ -165,9 +182,28 @@ class Study:
             constraints=self.spec.constraints,
         )
 
+    def tickets(self, *, structure: bool = True) -> dict[str, Any]:
+        """The study's tickets beside their controls: the document that `orchardist tickets --format json` prints.
+
+        Args:
+            structure: look for structure in the masks too, for which the study's task is loaded.
+        """
+        from orchestrator.ticket_table import ticket_table
+
+        return ticket_table(self, structure=structure)
+
+    def noted(self) -> dict[str, Any]:
+        """What was noted of the study when it was first run: digests, objectives, sizes of the splits."""
+        found = self.store.read_study(self.spec.name)
+        return found[1] if found else {}
+
     def table(self) -> Any:
         """Every outcome, as a `pyarrow.Table`."""
         return self.store.table(self.spec.name, "outcomes")
+
+    def to_pandas(self) -> Any:
+        """Every outcome, as a `pandas.DataFrame`; parameters and metrics are JSON in the columns of that name."""
+        return self.table().to_pandas()
 
     def status(self) -> dict[str, Any]:
         """How the study stands by its ledger: the document that `orchardist status --format json` prints."""
@@ -192,43 +228,122 @@ class Study:
         }
 
     def fetch(
-        self, key: str | None, folder: str | Path, *, where: Sequence[str] = (), minimise: str | None = None
+        self,
+        key: str | None,
+        folder: str | Path,
+        *,
+        where: Sequence[str] = (),
+        minimise: str | None = None,
+        formats: Sequence[str] = ("safetensors",),
     ) -> Path:
-        """Write one model with its masks and its card into `folder`; see `orchestrator.retrieve`."""
+        """Write one model with its masks, its card and its certificate into `folder`; see `orchestrator.retrieve`."""
         from orchestrator.retrieve import fetch
 
-        return fetch(self, key, Path(folder), where=where, minimise=minimise)
+        return fetch(self, key, Path(folder), where=where, minimise=minimise, formats=formats)
+
+    def fetch_ticket(
+        self, key: str | None, folder: str | Path, *, where: Sequence[str] = (), minimise: str | None = None
+    ) -> Path:
+        """Write one ticket into `folder` as a small file, which other studies can start from; returns the file."""
+        from orchestrator.ticket_export import fetch_ticket
+
+        return fetch_ticket(self, key, Path(folder), where=where, minimise=minimise)
+
+    def task_of(self, row: Mapping[str, Any]) -> StudySpec | OtherTask:
+        """The task that an outcome was measured on: one of `[[tickets.tasks]]`, or what the study says of its own."""
+        others = self.noted().get("others", {})
+        for task in self.spec.tickets.tasks:
+            if others.get(task.label, {}).get("task_digest") == row["task_digest"]:
+                return task
+        return self.spec
+
+    def state(self, row: Mapping[str, Any]) -> bytes:
+        """The file of an outcome's state. One that was removed is made again, in this process; `row` is the outcome."""
+        data = self.store.states.read(row["key"])
+        if data is None:
+            from orchestrator.retention import remake
+
+            data = remake(self, self._job(self._bind_functions(), nonce=""), row)
+        return data
+
+    def sweep(self, *, dry_run: bool = False) -> Swept:
+        """Remove this study's states that nobody needs; see `orchestrator.retention`. `dry_run` only counts them.
+
+        Raises:
+            StoreError: the study is being run.
+        """
+        from orchestrator.retention import sweep
+
+        if dry_run:
+            return sweep(self.store, self.spec.name, None)
+        lease = acquire(self.store.files, self.spec.name, **this_process())
+        try:
+            with beating(lease):
+                return sweep(self.store, self.spec.name, lease)
+        finally:
+            lease.release()
 
     def _objectives(self) -> list[Objective]:
-        noted = (self._meta or self._read_meta()).get("objectives", [])
+        noted = (self._meta or self.noted()).get("objectives", [])
         return [Objective(**objective) for objective in noted] or [OBJECTIVES[name] for name in self.spec.objectives]
-
-    def _read_meta(self) -> dict[str, Any]:
-        found = self.store.read_study(self.spec.name)
-        return found[1] if found else {}
 
     def _refuse_early(self) -> None:
         """What can be refused before a worker is started for it."""
-        from orchestrator.tasks.source import collect
-
         self._refuse_another_study()
-        collect(self.spec.task, self.root)
+        job = self._job({}, nonce="")
+        if job.ticket is not None:
+            from orchestrator.tickets.given import read_given
+
+            read_given(job.ticket, self.root)
         self.store.files.probe()
 
     def _refuse_another_study(self) -> None:
-        noted = self._read_meta().get("digest")
-        if noted is not None and noted != self.spec.digest():
+        found = self.store.read_study(self.spec.name)
+        noted = found[1].get("digest") if found else None
+        if found is None or noted is None or noted == self.spec.digest():
+            return
+        changes = self._changes_since(found[0])
+        more = f"; and {len(changes) - _CHANGES_SHOWN} more" if len(changes) > _CHANGES_SHOWN else ""
+        with self._naming_its_file():
             raise SpecError(
-                f"the study {self.spec.name!r} in the store {self.store.name} was made from another study file "
-                f"(digest {noted[:12]}, this one has {self.spec.digest()[:12]})\n"
+                f"the study {self.spec.name!r} in the store {self.store.name} was made from another study file: "
+                f"{'; '.join(changes[:_CHANGES_SHOWN])}{more}\n"
                 "legal: another name, or change only trials and [[enqueue]]"
             )
 
+    def _changes_since(self, text: str) -> list[str]:
+        """What makes this study another one than the study file of before describes."""
+        try:
+            before = StudySpec.parse(text)
+        except SpecError as error:
+            return [f"the stored one cannot be read any more ({str(error).splitlines()[0]})"]
+        old, new = (spec.model_dump(exclude=set(OPEN), mode="json") for spec in (before, self.spec))
+        changes = list(_changes(old, new))
+        if not changes and json.dumps(before.space) != json.dumps(self.spec.space):
+            changes = ["the order within [space], which decides what proposal n is"]
+        return changes or ["by another version of Orchardist, which read it differently"]
+
+    @contextmanager
+    def _naming_its_file(self) -> Iterator[None]:
+        """What is wrong with the study says in which file it stands, where it came from one."""
+        try:
+            yield
+        except (SpecError, PlanError, UnknownName) as error:
+            if not self._path:
+                raise
+            raise SpecError(f"{self._path}: {error}") from error
+
     def _refuse_other_task(self, info: TaskInfo, code: Mapping[str, str], accept: bool) -> None:
         """The study goes on with the code and data that it began with, unless the user accepts the mix."""
-        noted = self._read_meta()
+        noted = self.noted()
         begun = {f"the task {self.spec.task!r}": noted.get("task_digest")}
         now = {f"the task {self.spec.task!r}": info.digest}
+        for name, other in info.others.items():
+            begun[f"the task {name!r}"] = noted.get("others", {}).get(name, {}).get("task_digest")
+            now[f"the task {name!r}"] = other.digest
+        if info.ticket is not None:
+            what = f"the ticket {self.spec.tickets.ticket!r}"
+            begun[what], now[what] = noted.get("ticket"), info.ticket.sha256
         for name, digest in code.items():
             begun[f"the function {name!r}"], now[f"the function {name!r}"] = (
                 noted.get("functions", {}).get(name),
@@ -247,45 +362,58 @@ class Study:
         names = self.spec.functions()
         if not names:
             return {}
-        from orchestrator.pruning.criteria import CRITERIA
+        from orchestrator.pruning.criteria import CRITERIA, check_signature
         from orchestrator.tasks.source import function_source, install_function
 
         sources = {name: function_source(name, self.root) for name in names}
         for name, source in sources.items():
-            CRITERIA.bind(name, install_function(source, self.root))
+            function = install_function(source, self.root)
+            check_signature(name, function)
+            CRITERIA.bind(name, function)
         return sources
 
     def _job(self, sources: Mapping[str, Any], nonce: str) -> Job:
         """What every worker must know of this study."""
         from orchestrator.code import code_digest
-        from orchestrator.pools.protocol import Job
-        from orchestrator.tasks.source import collect
+        from orchestrator.pools import protocol
+        from orchestrator.tasks.source import collect, to_send
 
-        return Job(
+        others = {
+            task.label: protocol.OtherTask(
+                source=collect(task.task, self.root, task.checkpoint), params=task.task_params
+            )
+            for task in self.spec.tickets.tasks
+        }
+        ticket = self.spec.tickets.ticket
+        return protocol.Job(
             store_url=self.store.files.absolute_url,
             study=self.spec.name,
-            task=collect(self.spec.task, self.root),
+            task=collect(self.spec.task, self.root, self.spec.checkpoint),
             task_params=self.spec.task_params,
             root=str(self.root),
+            others=others,
+            ticket=to_send("ticket", ticket, self.root) if ticket else None,
             functions=sources,
             nonce=nonce,
             code=code_digest(),
             evaluate_every=self.spec.train.evaluate_every,
             latency="latency_ms" in {*self.spec.objectives, *self.spec.constraints},
+            structures=self.spec.structures(),
+            budgets=self.spec.budgeted(),
         )
 
     @contextmanager
     def _nonce(self) -> Iterator[str]:
         """An object in the store that every worker reads, and writes a copy of, before it works."""
-        nonce = f"handshake/{secrets.token_hex(8)}"
+        nonce = paths.handshake(secrets.token_hex(8))
         files = self.store.files
         files.write(nonce, nonce.encode())
         try:
             yield nonce
         finally:
-            for name in files.list("handshake"):
-                if f"handshake/{name}".startswith(nonce):
-                    files.delete(f"handshake/{name}")
+            for name in map(paths.handshake, files.list(paths.HANDSHAKE)):
+                if name.startswith(nonce):
+                    files.delete(name)
 
     def _check(self, setting: Setting) -> None:
         """Refuse mixes of choices that do not go together, or not with this task."""
@@ -297,6 +425,7 @@ class Study:
                 objectives([name], setting.info)  # which refuses what this task does not measure
             elif name in NOT_MEASURED:
                 raise SpecError(f"constraint on {name!r}: {NOT_MEASURED[name]}")
+        self._refuse_one_task_twice(setting.info)
         self.spec.check_mixes(setting.code)
         for params in self.spec.mixes():
             try:
@@ -304,16 +433,70 @@ class Study:
             except InputError as error:
                 raise SpecError(mix_refused(params, error)) from error
 
+    def _refuse_one_task_twice(self, info: TaskInfo) -> None:
+        seen: dict[str, str] = {}
+        for name, digest in info.digests.items():
+            if digest in seen:
+                other = f"the task {seen[digest]!r}" if seen[digest] else "the study's own task"
+                raise SpecError(f"tickets.tasks: {name!r} has the code, data and parameters of {other}")
+            seen[digest] = name
+
     def _write(self, setting: Setting) -> None:
         meta = {
             "digest": self.spec.digest(),
-            "task_digest": setting.info.digest,
+            **_noted(setting.info),
+            "others": {name: _noted(other) for name, other in setting.info.others.items()},
+            "ticket": None if setting.info.ticket is None else setting.info.ticket.sha256,
             "functions": dict(setting.code),
             "root": str(self.root),
             "objectives": [{"name": o.name, "column": o.column, "direction": o.direction} for o in setting.objectives],
         }
         self._meta = meta
         self.store.write_study(self.spec.name, self._text or self.spec.to_toml(), meta)
+
+
+def _noted(info: TaskInfo) -> dict[str, Any]:
+    """What is noted of a task when a study is run."""
+    return {
+        "task_digest": info.digest,
+        "valid_examples": info.valid_examples,
+        "test_examples": info.test_examples,
+    }
+
+
+def front_of(studies: Sequence[Study], where: Sequence[str] = (), minimise: str | None = None) -> Front:
+    """The front over several studies of one task; bounds on `dense` mean each study's own.
+
+    Raises:
+        QueryError: as for `Study.front`, or the studies are of different tasks or have different objectives.
+    """
+    tasks = {study.noted().get("task_digest") for study in studies}
+    if len(tasks) > 1:
+        names = ", ".join(study.spec.name for study in studies)
+        raise QueryError(f"the studies {names} are of different tasks, models or data, whose measures do not compare")
+    found, missed = [], []
+    for study in studies:
+        try:
+            found.append(study.front(where, minimise))
+        except NothingMeets as error:
+            missed.append(error)
+    if not found:
+        raise missed[0]
+    return joined(found, minimise)
+
+
+def _changes(before: Any, now: Any, place: str = "") -> Iterator[str]:
+    """Every value that differs between two tables, under its dotted name. 1 and 1.0 differ: they make other ranges."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys([*before, *now]):
+            yield from _changes(before.get(name), now.get(name), f"{place}.{name}" if place else name)
+    elif json.dumps(before) != json.dumps(now):
+        yield f"{place} was {_shown(before)} and is now {_shown(now)}"
+
+
+def _shown(value: Any) -> str:
+    text = "not set" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
 def _import_ahead(sampler: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,19 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 # What is run of each study: fewer trials, and for the large one shorter ones.
 SHORT: dict[str, dict[str, Any]] = {
+    "before_training.toml": {"trials": 7, "epochs": 1},
     "checkpoint.toml": {"trials": 2},
     "digits.toml": {"trials": 2},
+    "gradual.toml": {"trials": 3, "epochs": 10},
     "mnist.toml": {"trials": 2, "epochs": 3, "retrain_epochs": 1},
     "my_task.toml": {"trials": 3},
     "pretrained.toml": {"trials": 3},
     "pretrained_mnist.toml": {"trials": 1},
+    "responsible.toml": {"trials": 1, "epochs": 4, "retrain_epochs": 2},
+    "sensitivity.toml": {"trials": 21, "epochs": 6},
+    "structured.toml": {"trials": 2, "epochs": 1, "retrain_epochs": 1},
+    "tickets.toml": {"trials": 2, "epochs": 0.2, "seeds": [0]},
+    "transfer.toml": {"trials": 1, "epochs": 0.2, "seeds": [0]},
 }
 
 
@@ -31,7 +40,7 @@ def shortened(path: Path) -> StudySpec:
     spec = StudySpec.load(path)
     change = dict(SHORT[path.name])
     plain = spec.model_dump(exclude_defaults=True)
-    plain["trials"] = change.pop("trials")
+    plain |= {name: change.pop(name) for name in ("trials", "seeds") if name in change}
     plain["train"] = plain.get("train", {}) | change
     return StudySpec(**plain)
 
@@ -120,6 +129,65 @@ def test_somebody_else_s_network_is_pruned_as_it_comes(finished: dict[str, Study
     dense = front_of(finished["pretrained_mnist.toml"]).dense
     assert dense is not None and dense["test_accuracy"] == pytest.approx(497 / 500)
     assert finished["pretrained_mnist.toml"].status()["epochs"]["run"] == 0
+
+
+def test_a_sensitivity_scan_prunes_each_layer_alone(finished: dict[str, Study], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from orchestrator.report.plot import plot_sensitivity
+
+    rows = [row for row in finished["sensitivity.toml"].table().to_pylist() if row["trial"] >= 0]
+    assert len(rows) == 21 and finished["sensitivity.toml"].status()["epochs"]["run"] == 6
+    for row in rows:
+        params, layers = json.loads(row["params"]), json.loads(row["layers"])
+        kept, total = layers.pop(f"{params['only']}.weight")
+        assert kept == total - math.floor(params["rate"] * total + 0.5)
+        assert all(kept == total for kept, total in layers.values())
+    plot_sensitivity(finished["sensitivity.toml"], tmp_path / "sensitivity.png")
+    assert (tmp_path / "sensitivity.png").exists()
+
+
+def test_a_budget_of_flops_is_kept(finished: dict[str, Study]) -> None:
+    found = front_of(finished["structured.toml"])
+    assert found.dense is not None
+    for point in found.points:
+        assert point["flops_effective"] <= point["params"]["flops_budget"] * found.dense["flops_effective"]
+
+
+def test_heads_go_as_the_example_says(tmp_path: Path) -> None:
+    plain = StudySpec.load(EXAMPLES / "structured.toml").model_dump(exclude_defaults=True)
+    plain |= {"name": "heads", "trials": 2, "task_params": {"model": "transformer"}}
+    plain["train"] |= {"epochs": 1, "retrain_epochs": 1}
+    plain["space"] |= {"structure": "head", "flops_budget": 0.75, "criterion": ["magnitude", "taylor"]}
+    study = Study(StudySpec(**plain), tmp_path)
+    assert study.run(LocalPool()).done == 2
+    found = front_of(study)
+    assert found.dense is not None
+    assert all(point["flops_effective"] <= 0.75 * found.dense["flops_effective"] for point in found.points)
+
+
+def test_a_gradual_trial_is_sparse_at_the_end_of_one_training(finished: dict[str, Study]) -> None:
+    rows = [row for row in finished["gradual.toml"].table().to_pylist() if row["trial"] >= 0]
+    assert [row["sparsity"] for row in rows] == pytest.approx([0.8] * 3, abs=1e-4)
+    assert {json.loads(row["params"]).get("regrow") for row in rows} == {None, "set", "rigl"}
+    # Pruning little by little begins with two epochs of the dense model's; SET and RigL begin with the same epoch.
+    assert finished["gradual.toml"].status()["epochs"]["run"] == 10 + 8 + 10 + 9
+
+
+def test_what_is_pruned_before_training_is_trained_once(finished: dict[str, Study]) -> None:
+    rows = [row for row in finished["before_training.toml"].table().to_pylist() if row["trial"] >= 0]
+    found = {(json.loads(row["params"])["criterion"], row["round"]) for row in rows}
+    assert found == {("snip", 1), ("grasp", 1), ("synflow", 100)}
+    assert finished["before_training.toml"].status()["epochs"]["run"] == 1 * 2 + len(rows)
+
+
+def test_both_tickets_are_held_against_their_controls(finished: dict[str, Study]) -> None:
+    whole = StudySpec.load(EXAMPLES / "tickets.toml")
+    assert len(whole.seeds) == 5 and whole.trials == len(whole.enqueue) == 2
+    tickets = {ticket["rule"]: ticket for ticket in finished["tickets.toml"].tickets()["tickets"]}
+    imp, consensus = tickets["single search"], tickets["intersection"]
+    assert set(consensus["controls"]) == set(whole.tickets.controls) == {"imp", *imp["controls"]}
+    assert (imp["depth"], imp["trainings"]) == (7, 7) and (consensus["depth"], consensus["trainings"]) == (2, 10)
+    assert consensus["overlap"]["jaccard"] > consensus["overlap"]["chance"]
 
 
 def test_the_way_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

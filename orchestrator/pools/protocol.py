@@ -8,7 +8,15 @@ from typing import Any, Protocol
 
 from orchestrator.graph import Segment
 from orchestrator.tasks.info import TaskInfo
-from orchestrator.tasks.source import Source
+from orchestrator.tasks.source import Sent, Source
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherTask:
+    """A task beside the study's own."""
+
+    source: Source
+    params: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +29,10 @@ class Job:
     task_params: Mapping[str, Any]
     root: str
     """The folder of the study file, where the task's own files are looked for first."""
+    others: Mapping[str, OtherTask] = field(default_factory=dict)
+    """The study's other tasks, by the names that it calls them."""
+    ticket: Sent | None = None
+    """The ticket file that the study starts from."""
     functions: Mapping[str, Source] = field(default_factory=dict)
     """Sources of the user's own functions, by the name that the study calls them."""
     nonce: str = ""
@@ -29,6 +41,10 @@ class Job:
     """The digest of the driver's own packages; a worker with another one is a stale image or another package."""
     evaluate_every: float = 0
     latency: bool = False
+    structures: tuple[str, ...] = ()
+    """Structures of units that the study names: their units are part of the task's description."""
+    budgets: bool = False
+    """The study has a FLOPs budget: the model's FLOPs are part of the task's description."""
 
 
 def note(job: Job, worker: int | str) -> str:
@@ -61,7 +77,8 @@ class Failed:
     segment: int
     key: str
     kind: str
-    """diverged, out of memory, raised, or worker died."""
+    """diverged, out of memory, raised, or worker died; or it is no fault of the stage: gone, where `key` is a state
+    that the segment needed and that was removed meanwhile, or store, which does not answer or has no room."""
     message: str
     traceback: str = ""
 

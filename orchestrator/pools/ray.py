@@ -137,7 +137,7 @@ class RayPool:
         """Make every worker ready; the first that is wrong ends the run."""
         self._job = job
         infos = self._made_ready(self._slots)
-        if any(info.digest != infos[0].digest for info in infos):
+        if any(info.digests != infos[0].digests for info in infos):
             raise WorkersUnusable("the workers see different data for the same task; data_version can name them")
         return infos[0]
 
@@ -172,7 +172,8 @@ class RayPool:
         """Hand the job to workers; what they answer, and whether their notes came through, decides if they may work."""
         assert self._job is not None
         infos = []
-        coming = [slot.actor.prepare.remote(self._job) for slot in slots]
+        job = self._ray.put(self._job)  # once for all workers: it may hold a checkpoint
+        coming = [slot.actor.prepare.remote(job) for slot in slots]
         try:
             while len(self._ray.wait(coming, num_returns=len(coming), timeout=PATIENCE_SECONDS)[0]) < len(coming):
                 free: dict[str, float] = self._ray.available_resources()  # type: ignore[no-untyped-call]
@@ -187,7 +188,7 @@ class RayPool:
                 raise _error(what, answer)
             if self._job.nonce and not Store(self._job.store_url).files.exists(note(self._job, slot.number)):
                 raise WorkersUnusable(
-                    f"what worker {slot.number} writes to {self._job.store_url} does not arrive here: "
+                    f"what worker {slot.number} writes to {Store(self._job.store_url).name} does not arrive here: "
                     "the store must be shared storage"
                 )
             infos.append(answer)

@@ -9,6 +9,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from orchestrator import ops
 from orchestrator.code import code_digest
-from orchestrator.errors import NotFinite, StageFailed, WorkersUnusable
+from orchestrator.errors import NotFinite, StageFailed, StoreError, WorkersUnusable
 from orchestrator.graph import Segment, Step
 from orchestrator.header import read_header
 from orchestrator.measures.measure import curve_point, measure
@@ -25,9 +26,10 @@ from orchestrator.pruning.criteria import CRITERIA
 from orchestrator.stages import Stages
 from orchestrator.state import State, from_bytes, to_bytes
 from orchestrator.store.store import Store
-from orchestrator.tasks.info import TaskInfo
+from orchestrator.tasks.info import GivenTicket, TaskInfo
 from orchestrator.tasks.load import load
 from orchestrator.tasks.source import install_function
+from orchestrator.tickets.given import read_given
 from orchestrator.training import Probe, arithmetic
 
 CACHE_BYTES = 1 << 30
@@ -42,6 +44,14 @@ class _Held:
     lineage: tuple[Mapping[str, Any], ...]
 
 
+class _Gone(Exception):
+    """A state that was in the store is there no more."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
 class Worker:
     """Runs segments of one study, one after another, on one device."""
 
@@ -51,16 +61,24 @@ class Worker:
         self.store = Store(job.store_url)
         for name, function in job.functions.items():
             CRITERIA.bind(name, install_function(function, Path(job.root)))
-        self.loaded = load(job.task, job.task_params, Path(job.root))
-        self.stages = Stages(self.loaded, device)
+        root = Path(job.root)
+        given: State | None = None
+        self._ticket: GivenTicket | None = None
+        if job.ticket is not None:
+            given, self._ticket = read_given(job.ticket, root)
+        self._stages = {"": Stages(load(job.task, job.task_params, root), device, given)}
+        for name, other in job.others.items():
+            self._stages[name] = Stages(load(other.source, other.params, root), device)
         self._cache: OrderedDict[str, _Held] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
 
-    @property
+    @cached_property
     def info(self) -> TaskInfo:
-        """The task as the driver sees it."""
-        return self.loaded.info
+        """The task as the driver sees it, with what it must know of the model, other tasks and ticket of this study."""
+        own = self._stages[""].info(self.job.structures, budgets=self.job.budgets)
+        others = {name: self._stages[name].info(budgets=self.job.budgets) for name in self.job.others}
+        return replace(own, others=others, ticket=self._ticket)
 
     def run(self, segment: Segment) -> Iterator[Event]:
         """Run the segment's stages in order; the events end with `Ended`, whatever happens."""
@@ -81,6 +99,9 @@ class Worker:
                     measures = self._measure(step, made[step.key], curve, time.perf_counter() - began)
                     if step.stored and not found:
                         adopted = self._commit(step, made, measures)
+            except _Gone as gone:  # removed by another process: the driver has it made again
+                yield Failed(segment=segment.number, key=gone.key, kind="gone", message=f"the state {gone.key} is gone")
+                break
             except (Exception, SystemExit) as error:  # the user's code may raise anything: it becomes a failed outcome
                 yield _failed(segment, step, error)
                 break
@@ -111,30 +132,37 @@ class Worker:
         states = [parent.state for parent in parents]
         if isinstance(step.op, ops.Train) and step.op.fresh_optimizer and not step.goes_on:
             states[0] = states[0].without_optimizer()
+        stages = self._stages[step.task]
         curve: list[list[float]] = []
         every = round(self.job.evaluate_every * self._steps_per_epoch(step))
         probe: Probe | None = None
         if every:
 
             def probe(position: int, model: torch.nn.Module) -> None:
-                curve.append([position, *curve_point(model, self.loaded)])
+                curve.append([position, *curve_point(model, stages.loaded)])
 
-        state = self.stages.run(step.op, states, probe, every)
-        return _Held(state, _lineage(step, parents)), curve
+        state = stages.run(step.op, states, probe, every)
+        return _Held(state, _lineage(step, parents, state.remarks)), curve
 
     def _steps_per_epoch(self, step: Step) -> int:
-        return self.info.steps_per_epoch(step.op.recipe.batch_size) if isinstance(step.op, ops.Train) else 0
+        info = self._info_of(step)
+        return info.steps_per_epoch(step.op.recipe.batch_size) if isinstance(step.op, ops.Train) else 0
+
+    def _info_of(self, step: Step) -> TaskInfo:
+        return self.info.others[step.task] if step.task else self.info
 
     def _measure(
         self, step: Step, held: _Held, curve: list[list[float]] | None, seconds: float
     ) -> dict[str, Any] | None:
         if not step.evaluated:
             return None
-        measures = measure(self.stages, held.state, latency=self.job.latency)
+        measures = measure(
+            self._stages[step.task], held.state, remarks=_remarks(held.lineage), latency=self.job.latency
+        )
         return measures | {
             "curve": curve or None,
             "position_steps": held.state.position,
-            "task_digest": self.info.digest,
+            "task_digest": self._info_of(step).digest,
             "device": self.device,
             "seconds": seconds,
             "finished_at": time.time(),
@@ -152,7 +180,7 @@ class Worker:
             "resumable": "1" if step.resumable else "0",
             "outcome": json.dumps(measures),
             "lineage": json.dumps(held.lineage),
-            "task": self.info.digest,
+            "task": self._info_of(step).digest,
         }
         data = to_bytes(kept, header)
         adopted = not self.store.states.commit(step.key, data)
@@ -177,7 +205,7 @@ class Worker:
     def _read(self, key: str) -> _Held:
         data = self.store.states.read(key)
         if data is None:
-            raise StageFailed(f"the state {key} is gone from the store {self.store.name}")
+            raise _Gone(key)
         return _Held(from_bytes(data), tuple(json.loads(read_header(data)["lineage"])))
 
     def _remember(self, key: str, held: _Held) -> None:
@@ -207,30 +235,39 @@ def shake_hands(job: Job, worker: int | str) -> None:
             nonce = files.read(job.nonce)
         except FileNotFoundError:
             raise WorkersUnusable(
-                f"the worker on {platform.node()} does not see the driver's store {job.store_url}: "
+                f"the worker on {platform.node()} does not see the driver's store {files.name}: "
                 "the store must be shared storage"
             ) from None
         files.write(note(job, worker), nonce)
 
 
-def _lineage(step: Step, parents: list[_Held]) -> tuple[Mapping[str, Any], ...]:
+def _remarks(lineage: tuple[Mapping[str, Any], ...]) -> Mapping[str, Any] | None:
+    """What the last pruning behind a state had to say; None where there was none."""
+    return next((entry.get("remarks", {}) for entry in reversed(lineage) if entry["op"] == "Prune"), None)
+
+
+def _lineage(step: Step, parents: list[_Held], remarks: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """Every stage behind the state, each after its parents. A run of training counts once, wherever it was cut."""
     first = parents[0].lineage[:-1] if step.goes_on else parents[0].lineage if parents else ()
     before = list(first)
     for parent in parents[1:]:
         before += [entry for entry in parent.lineage if entry not in before]
     ancestors = [line[-1]["key"] for line in (first, *(parent.lineage for parent in parents[1:])) if line]
-    return (*before, {"key": step.key, **ops.to_plain(step.op), "from": ancestors})
+    said = {"remarks": remarks} if remarks else {}
+    where = {"task": step.task} if step.task else {}
+    return (*before, {"key": step.key, **ops.to_plain(step.op), "from": ancestors, **where, **said})
 
 
 def _failed(segment: Segment, step: Step, error: BaseException) -> Failed:
     if isinstance(error, NotFinite):
         kind = "diverged"
+    elif isinstance(error, StoreError):
+        kind = "store"
     elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
         kind = "out of memory"
     else:
         kind = "raised"
-    message = str(error) if isinstance(error, StageFailed) else f"{type(error).__name__}: {error}"
+    message = str(error) if isinstance(error, StageFailed | StoreError) else f"{type(error).__name__}: {error}"
     return Failed(
         segment=segment.number,
         key=step.key,

@@ -31,6 +31,11 @@ def matches(pattern: str, label: str) -> bool:
     return fnmatchcase(label, pattern) or fnmatchcase("." + label, pattern)
 
 
+def leaves(pattern: str, name: str) -> bool:
+    """Whether a pattern names a tensor, or the layer that it belongs to: a layer is left with its bias."""
+    return matches(pattern, name) or matches(pattern, name.rpartition(".")[0])
+
+
 @dataclass(frozen=True, kw_only=True)
 class UnitCounts:
     """The units of one structure that can be removed.
@@ -46,7 +51,7 @@ class UnitCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class GivenTicket:
-    """The ticket file that a study starts from: the hash of what it holds, and the tensors that it masks."""
+    """The ticket that a study starts from: the hash of all that its file holds, and the tensors that it masks."""
 
     sha256: str
     layers: tuple[Layer, ...]

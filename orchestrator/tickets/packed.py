@@ -86,6 +86,18 @@ def kept_counts(packed: Packed) -> dict[str, int]:
     return {name: int(np.bitwise_count(words).sum(dtype=np.int64)) for name, words in packed.words.items()}
 
 
+def in_common(masks: Sequence[Masks]) -> list[Masks]:
+    """Each set of masks without the tensors that not all have in the same shape: heads of different tasks."""
+    if not masks:
+        return []
+    names = [name for name, mask in masks[0].items() if all(_has(other, name, mask) for other in masks)]
+    return [{name: each[name] for name in names} for each in masks]
+
+
+def _has(masks: Masks, name: str, like: Tensor) -> bool:
+    return name in masks and masks[name].shape == like.shape
+
+
 def check_alike(shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
     """Refuse masks that are not of the same tensors.
 

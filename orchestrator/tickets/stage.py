@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+from torch import Tensor
 
 from orchestrator.errors import StageFailed
 from orchestrator.ops import Combine, Control, Prune, Transfer
 from orchestrator.state import State
-from orchestrator.tasks.info import matches
-from orchestrator.tickets import algebra
+from orchestrator.tasks.info import leaves
+from orchestrator.tickets import algebra, votes
 from orchestrator.tickets.packed import Masks
 from orchestrator.tickets.transfer import transfer
 from orchestrator.tickets.verified import control
@@ -18,20 +22,86 @@ from orchestrator.tickets.verified import control
 def combine(op: Combine, parents: Sequence[State], prunable: Sequence[str]) -> State:
     """The ancestor's weights, the last parent's, under one mask of the searches', the other parents'.
 
+    Searches on several tasks are combined where all have the same tensor, by name and shape; other prunable tensors
+    stay dense and are remarked as "outside". A layer that would be cut off gets back its most-voted weights, which is
+    remarked as "repaired": {name: how many}.
+
     Raises:
-        StageFailed: the ancestor has masks of its own, or the wanted sparsity cannot be reached.
+        StageFailed: the ancestor has masks of its own, the searches have no tensor in common, or one in two types, or
+            the wanted sparsity cannot be reached.
     """
     *searches, ancestor = parents
     if ancestor.masks:
         raise StageFailed(f"searches start from dense weights; their ancestor has a mask of {min(ancestor.masks)!r}")
-    masks = [{name: state.masks[name] for name in prunable if name in state.masks} for state in searches]
-    votes = algebra.poll(masks, op.weights or None)
-    repaired = algebra.repair(_rule(op, masks), votes, op.seed)
-    remarks = {"repaired": repaired.added} if repaired.added else {}
-    return replace(ancestor, masks=repaired.masks, remarks=remarks).masked()
+    outside = [name for name in prunable if not all(_alike(name, ancestor, state) for state in searches)]
+    shared = [name for name in prunable if name not in outside]
+    if not shared:
+        raise StageFailed(f"the searches have no prunable tensor in common: {', '.join(outside)} differ")
+    for name in shared:
+        kinds = sorted({str(state.weights[name].dtype).removeprefix("torch.") for state in parents})
+        if len(kinds) > 1:
+            raise StageFailed(
+                f"the searches did not start bit-equal: {name!r} is {' in one task, '.join(kinds)} in another"
+            )
+    masks = [{name: state.masks[name] for name in shared if name in state.masks} for state in searches]
+    combined = _rule(op, masks, searches, total=sum(ancestor.weights[name].numel() for name in prunable))
+    remarks: dict[str, Any] = {"outside": outside} if outside else {}
+    if algebra.cut_off(combined):
+        polled = algebra.poll(masks, op.weights or None)
+        repaired = algebra.repair(combined, polled, op.seed, _standing(searches, tuple(combined)))
+        combined, remarks = dict(repaired.masks), remarks | {"repaired": repaired.added}
+    return replace(ancestor, masks=combined, remarks=remarks).masked()
 
 
-def _rule(op: Combine, masks: Sequence[Masks]) -> Masks:
+def _alike(name: str, one: State, other: State) -> bool:
+    return name in other.weights and one.weights[name].shape == other.weights[name].shape
+
+
+def controlled(op: Control, parents: Sequence[State]) -> State:
+    """The control of the first parent, a ticket, over the second, its ancestor; verified."""
+    ticket, ancestor, *other = parents
+    return control(op.kind, ticket, ancestor, seed=op.seed, other=other[0] if other else None)
+
+
+def transferred(op: Transfer, parents: Sequence[State]) -> State:
+    """The first parent, a ticket, on the second, another model's init; what was taken over is remarked."""
+    ticket, other = parents
+    leave = {name for name in other.weights if any(leaves(pattern, name) for pattern in op.leave)}
+    made = transfer(ticket, other, leave)
+    return replace(made.state, remarks={"taken": list(made.taken), "dense": list(made.dense)})
+
+
+def like_reference(op: Prune, state: State, reference: State, sizes: Mapping[str, int]) -> Prune:
+    """The op with how much said in numbers: exactly as many as the reference keeps, or `part` of the way there.
+
+    Args:
+        op: with `like`.
+        state: to be pruned.
+        reference: the state whose masks say how much.
+        sizes: how many weights each prunable tensor has.
+
+    Raises:
+        StageFailed: the state keeps fewer weights already than are to be left.
+    """
+    wanted = _kept(reference, sizes)
+    now = _kept(state, sizes)
+    if op.like == "overall":
+        total = sum(sizes.values())
+        left = _part(op, sum(wanted.values()), total)
+        _refuse_fewer("the network", sum(now.values()), left)
+        return replace(op, like="", part=1.0, sparsity=1 - left / total)
+    # Said as rates: they are rounded to whole weights, where given sparsities would have to add up.
+    rates = []
+    for name, size in sizes.items():
+        left = _part(op, wanted[name], size)
+        _refuse_fewer(f"{name!r}", now[name], left)
+        rates.append((name, max(0.0, min(now[name] - left, now[name] - 0.25)) / max(1, now[name])))
+    return replace(
+        op, like="", part=1.0, scope="layer", allocation="uniform", rate=0.0, factors=(), targets=tuple(rates), floor=0
+    )
+
+
+def _rule(op: Combine, masks: Sequence[Masks], searches: Sequence[State], total: int) -> dict[str, Tensor]:
     match op.rule:
         case "intersection":
             return algebra.intersection(masks)
@@ -44,43 +114,38 @@ def _rule(op: Combine, masks: Sequence[Masks]) -> Masks:
             return algebra.weighted_vote(masks, op.weights)
         case "most-voted":
             assert op.sparsity is not None
-            votes = algebra.poll(masks)
-            keep = algebra.keep_for({name: tuple(mask.shape) for name, mask in masks[0].items()}, op.sparsity)
-            return algebra.most_voted(votes, keep, op.seed)
+            return _most_voted(op.sparsity, op.seed, masks, searches, total)
     raise AssertionError(op.rule)
 
 
-def controlled(op: Control, parents: Sequence[State]) -> State:
-    """The control of the first parent, a ticket, over the second, its ancestor; verified."""
-    ticket, ancestor, *other = parents
-    return control(op.kind, ticket, ancestor, seed=op.seed, other=other[0] if other else None)
+def _most_voted(
+    sparsity: float, seed: int, masks: Sequence[Masks], searches: Sequence[State], total: int
+) -> dict[str, Tensor]:
+    """As many weights as the sparsity of `total` leaves; tensors that no search pruned, protected ones, stay whole."""
+    polled = algebra.poll(masks)
+    shapes = {name: tuple(mask.shape) for name, mask in masks[0].items()}
+    sizes = {name: mask.numel() for name, mask in masks[0].items()}
+    ranked = {name: shape for name, shape in shapes.items() if polled.fewest[name] < sizes[name]}
+    keep = algebra.keep_for(ranked, sparsity, total=total)
+    keep |= {(name,): size for name, size in sizes.items() if name not in ranked}
+    return algebra.most_voted(polled, keep, seed, _standing(searches, *keep))
 
 
-def transferred(op: Transfer, parents: Sequence[State]) -> State:
-    """The first parent, a ticket, on the second, another model's init; what was taken over is remarked."""
-    ticket, other = parents
-    leave = {name for name in other.weights for pattern in op.leave if matches(pattern, name.removesuffix(".weight"))}
-    made = transfer(ticket, other, leave)
-    return replace(made.state, remarks={"taken": list(made.taken), "dense": list(made.dense)})
+def _standing(searches: Sequence[State], *groups: tuple[str, ...]) -> dict[str, Tensor]:
+    """The sums of each weight's ranks in the searches, by the magnitude that it ended with; dropped ones come last."""
+    ranks = [
+        votes.standing({name: state.weights[name].abs() for g in groups for name in g}, groups) for state in searches
+    ]
+    return reduce(votes.merge_standing, ranks)
 
 
-def like_reference(op: Prune, reference: State, sizes: dict[str, int]) -> Prune:
-    """The op with how much said in numbers: those of the reference's masks, or `part` of the way there.
+def _kept(state: State, sizes: Mapping[str, int]) -> dict[str, int]:
+    return {name: int(state.masks[name].sum()) if name in state.masks else size for name, size in sizes.items()}
 
-    Args:
-        op: with `like`.
-        reference: the state whose masks say how much.
-        sizes: how many weights each prunable tensor has.
-    """
-    kept = {name: int(reference.masks[name].sum()) if name in reference.masks else size for name, size in sizes.items()}
-    total = sum(sizes.values())
-    if op.like == "layers":
-        targets = tuple((name, 1 - _part(op, kept[name], size) / size) for name, size in sizes.items())
-        left = sum(_part(op, kept[name], size) for name, size in sizes.items())
-        return replace(
-            op, like="", part=1.0, scope="layer", allocation="given", sparsity=1 - left / total, targets=targets
-        )
-    return replace(op, like="", part=1.0, sparsity=1 - _part(op, sum(kept.values()), total) / total)
+
+def _refuse_fewer(where: str, now: int, left: int) -> None:
+    if left > now:
+        raise StageFailed(f"pruning cannot add weights: {where} keeps {now}, and {left} are to be left as elsewhere")
 
 
 def _part(op: Prune, kept: int, size: int) -> int:

@@ -31,12 +31,13 @@ def transfer(ticket: State, other: State, leave: Collection[str] = ()) -> Transf
     too: name it in `leave`.
 
     Args:
-        ticket: masks over the weights that the ticket starts from.
+        ticket: masks over the weights that the ticket starts from; a dense state gives its weights alone.
         other: the other task's init, dense.
         leave: names of tensors that stay the other init's.
 
     Raises:
-        PlanError: no masked tensor fits, the other init has masks, or `leave` names a tensor that it does not have.
+        PlanError: no masked tensor fits, or of a dense state none at all; the other init has masks, or `leave` names a
+            tensor that it does not have.
     """
     if other.masks:
         raise PlanError(f"a ticket goes into a dense init, but the other has a mask of {min(other.masks)!r}")
@@ -48,7 +49,9 @@ def transfer(ticket: State, other: State, leave: Collection[str] = ()) -> Transf
         for name, weight in other.weights.items()
         if name not in leave and name in ticket.weights and ticket.weights[name].shape == weight.shape
     ]
-    if not any(name in ticket.masks for name in taken):
+    if not ticket.masks and not taken:
+        raise PlanError(f"no tensor fits the other model: it has {', '.join(other.weights)}")
+    if ticket.masks and not any(name in ticket.masks for name in taken):
         raise PlanError(f"no masked tensor of the ticket fits the other model: {_first_misfit(ticket, other, leave)}")
     weights = {
         name: ticket.weights[name].to(weight.dtype) if name in taken else weight
