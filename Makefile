@@ -2,12 +2,12 @@
 #   PYTHON=python3.12 make test        another interpreter
 #   TORCH_FLAGS="--index-url URL"      pip's flags for torch alone, to take a build for another device
 PYTHON ?= python3
-EXTRAS ?= report,tasks,test
+EXTRAS ?= export,report,tasks,test
 TORCH_FLAGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench wheel clean
+.PHONY: help demo test check bench figures wheel clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -39,6 +39,9 @@ check: .venv/installed ## lint, format, types, and who imports whom
 
 bench: .venv/installed ## the figures beside Ray Tune and Optuna, as one Markdown table (about ten minutes)
 	@$(BIN)/python -m tests.benchmarks
+
+figures: .venv/installed ## what papers on lottery tickets found, measured here, as Markdown tables (about an hour)
+	@$(BIN)/python -m tests.figures
 
 wheel: .venv/installed ## a wheel in dist/
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist

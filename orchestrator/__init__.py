@@ -8,11 +8,11 @@ __version__ = "0.1.0"
 __all__ = ["Study", "StudySpec", "load"]
 
 if TYPE_CHECKING:
-    from orchestrator.retrieve import load
+    from orchestrator.artefact import load
     from orchestrator.spec import StudySpec
     from orchestrator.study import Study
 
-_HOMES = {"Study": "orchestrator.study", "StudySpec": "orchestrator.spec", "load": "orchestrator.retrieve"}
+_HOMES = {"Study": "orchestrator.study", "StudySpec": "orchestrator.spec", "load": "orchestrator.artefact"}
 
 
 def __getattr__(name: str) -> Any:

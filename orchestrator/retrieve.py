@@ -1,131 +1,190 @@
-"""Take a model home: weights, masks and a card that says what it is; and load it back."""
+"""Take a model home: choose it, write it in the forms that were asked for, and certify what was written."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save
 from torch import nn
 
-from orchestrator import __version__
-from orchestrator.canonical import finite
-from orchestrator.errors import InputError, QueryError, TaskError
-from orchestrator.outcome import MEASURES
-from orchestrator.state import State, from_bytes, into_model, to_bytes
-from orchestrator.tasks import BUILTIN
-from orchestrator.tasks.data import call, transform
-from orchestrator.tasks.load import LoadedTask, isolated
-from orchestrator.tasks.load import load as load_task
-from orchestrator.tasks.source import collect
+from orchestrator import artefact
+from orchestrator.card import card_of, claim, enter_files, explained, in_words
+from orchestrator.certificate import card_bytes, certify, difference, forms_of, sample
+from orchestrator.errors import InputError, QueryError, TaskError, UnknownName
+from orchestrator.export import CSR, FORMATS, SHRUNK, ExportRefused
+from orchestrator.export.csr import csr_file, to_csr
+from orchestrator.export.tensors import files_of, shrunk_file
+from orchestrator.shrinking import ShrinkRefused
+from orchestrator.stages import Stages
+from orchestrator.state import State, from_bytes
+from orchestrator.tasks.data import call
+from orchestrator.tasks.load import LoadedTask
 
 if TYPE_CHECKING:
     from orchestrator.study import Study
 
-WEIGHTS, MASKS, PACKED, CARD = "weights.safetensors", "masks.safetensors", "packed.safetensors", "card.json"
 _SHORTEST_KEY = 6
+_FARTHEST = 1e-3
+"""A form whose outputs differ by more from the masked model's, relative to the largest of these, is not handed out."""
 
 
 def fetch(
-    study: Study, key: str | None, folder: Path, *, where: Sequence[str] = (), minimise: str | None = None
+    study: Study,
+    key: str | None,
+    folder: Path,
+    *,
+    where: Sequence[str] = (),
+    minimise: str | None = None,
+    formats: Sequence[str] = ("safetensors",),
 ) -> Path:
     """Write one model of a study into `folder`.
 
     `weights.safetensors` is a plain state dict with zeros for what was pruned, `masks.safetensors` has a 0/1 tensor for
-    each pruned weight, `packed.safetensors` is the smallest copy (mask bits and kept values), `card.json` says what the
-    model is: measures, lineage, digests, versions.
+    each pruned weight, `packed.safetensors` is the smallest copy of both (mask bits and kept values). Where whole units
+    are gone and can be cut out, `shrunk.safetensors` is the state dict of the smaller model; where linear layers run
+    faster as compressed sparse rows on this CPU, measured, `csr.safetensors` holds them so. `model.pt2` and
+    `model.onnx` are the model, without its removed units, as a graph. `card.json` says what the model is: measures,
+    lineage, digests, versions, and the certificate: that all of these compute the same, and how fast each is here.
 
     Args:
         study: an opened study.
         key: which state, or its first characters; None takes the knee of the front, or the best by `minimise`.
-        folder: is made; files of the same names in it are replaced.
+        folder: is made; files of the same names in it are replaced, and those of an earlier fetch go.
         where: bounds for choosing from the front.
         minimise: the measure to choose by.
+        formats: any of `FORMATS`; safetensors are always written. One that the model cannot be written in is left out,
+            and the card's `refused` says why.
 
     Raises:
+        UnknownName: a format that is none.
         QueryError: no such state, or nothing keeps the bounds.
-        InputError: `folder` cannot be written.
+        InputError: `folder` cannot be written, or what ONNX needs is not installed.
     """
-    _refuse_folder(folder)
-    chosen = _row(study, key if key is not None else _choose(study, where, minimise))
-    data = study.store.states.read(chosen["key"])
-    if data is None:
-        raise QueryError(f"the state {chosen['key'][:12]} is no longer in the store {study.store.name}; run it again")
-    state = replace(from_bytes(data), optimizer={})
+    _refuse_formats(formats)
+    refuse_folder(folder)
+    chosen = meant(study, key, where, minimise)
+    data = study.state(chosen)
+    state = from_bytes(data).without_optimizer()
     header = study.store.states.header(chosen["key"]) or {}
-    files = {
-        WEIGHTS: save(dict(state.weights)),
-        MASKS: save({name: mask.to(torch.uint8) for name, mask in state.masks.items()}),
-        PACKED: to_bytes(state),
-    }
-    for name, content in files.items():
-        _write(folder / name, content)
-    card = _card(study, chosen, json.loads(header.get("lineage", "[]")), files)
+    files = files_of(state)
+    card = card_of(study, chosen, json.loads(header.get("lineage", "[]")))
+    note = ""
     try:
-        loaded = _load_task(card["task"], card, study.root)
+        loaded = artefact.load_named(card["task"], card, study.root, study.task_of(chosen).checkpoint)
         if loaded.info.digest != card["task_digest"]:
             raise TaskError("the task has changed since")
-        card["certificate"]["reloaded"] = _difference(loaded, state, _model(folder, loaded))
+        note = _certified(card, files, loaded, state, formats)
     except TaskError as error:
-        card["says"] += f" The model was not rebuilt to compare: {error}."
-    _write(folder / CARD, (json.dumps(finite(card), indent=2, allow_nan=False) + "\n").encode())
+        card["refused"] |= {name: str(error) for name in formats if name != "safetensors"}
+        note = f" The model was not rebuilt to compare: {error}."
+    enter_files(card, files)
+    card["says"] = in_words(card, card["certificate"]) + note
+    _remove_earlier(folder, files)
+    for name, content in files.items():
+        artefact.write(folder / name, content)
+    artefact.write(folder / artefact.CARD, card_bytes(card))
     return folder
 
 
-def load(folder: str | Path, task: str | None = None) -> nn.Module:
-    """The pruned model that was fetched into `folder`, in evaluation mode.
+def meant(study: Study, key: str | None, where: Sequence[str], minimise: str | None) -> dict[str, Any]:
+    """The outcome that is to be fetched; arguments as for `fetch`."""
+    return _row(study, key if key is not None else _choose(study, where, minimise))
 
-    Args:
-        folder: what `fetch` wrote.
-        task: the user's task file or module, whose model class it is; built-in tasks need none.
 
-    Raises:
-        InputError: a file is missing or not what the card says, or the model does not fit the weights.
-    """
-    folder = Path(folder)
+def _certified(
+    card: dict[str, Any], files: dict[str, bytes], loaded: LoadedTask, state: State, formats: Sequence[str]
+) -> str:
+    """Adds the other files and the certificate; gives what else is to be said."""
+    note = ""
+    stages = Stages(loaded)
+    masked = artefact.build("masked", files, stages)
+    small = None
     try:
-        card = json.loads((folder / CARD).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no fetched model: cannot read {CARD} ({error})") from error
-    for name, expected in card["files"].items():
-        content = _read(folder / name)
-        if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-            raise InputError(f"{folder / name} is not the file that was fetched: its hash differs from the card's")
-    name = task or card["task"]
-    if task is None and name not in BUILTIN:
-        raise InputError(f"{folder} is a model of your own task: orchestrator.load({str(folder)!r}, task={name!r})")
-    return _model(folder, _load_task(name, card, Path.cwd()))
+        shrunk = stages.shrunk(state)
+        small = None if shrunk is None else shrunk.model.eval()
+    except ShrinkRefused as error:
+        note = f" The removed units are still there as zeros: {error}."
+    sparse = to_csr(masked) if small is None else None
+    if small is not None:
+        files[SHRUNK] = shrunk_file(small)
+    if sparse is not None:
+        files[CSR] = csr_file(sparse)
+    _export(card, files, masked if small is None else small, loaded, formats)
+    found, card["latency"] = certify(loaded, masked, forms_of(files, stages, masked, card["exports"]))
+    card["certificate"] |= found
+    rows = sample(loaded.valid, 64)
+    with torch.no_grad():
+        stored = call(stages.model_of(state.masked()).eval(), rows)
+        card["certificate"]["reloaded"] = difference(stored, call(masked, rows))
+    _withdraw(card, files)
+    return note
 
 
-def _load_task(name: str, card: Mapping[str, Any], root: Path) -> LoadedTask:
-    return load_task(collect(name, root), card["task_params"], root)
+def _export(
+    card: dict[str, Any], files: dict[str, bytes], model: nn.Module, loaded: LoadedTask, formats: Sequence[str]
+) -> None:
+    """Adds the graphs that were asked for, or why one is not there."""
+    wanted = [name for name in artefact.WITHOUT_TASK if name in formats]
+    if not wanted:
+        return
+    from orchestrator.export import onnx, pt2
 
-
-def _model(folder: Path, loaded: LoadedTask) -> nn.Module:
-    with isolated(0):
-        model = loaded.model()
     try:
-        into_model(load_tensors(_read(folder / WEIGHTS)), model)
-    except ValueError as error:
-        raise InputError(f"{folder}: {error}") from error
-    return model.eval()
+        program = pt2.export(model, sample(loaded.valid, pt2.MANY + 1))
+    except ExportRefused as error:
+        card["refused"] |= dict.fromkeys(wanted, str(error))
+        return
+    for name in wanted:
+        (file,) = artefact.NEEDS[name]
+        try:
+            content = pt2.to_bytes(program) if name == "pt2" else onnx.to_bytes(program)
+            artefact.build(name, {file: content})
+        except (ExportRefused, InputError) as error:
+            card["refused"][name] = str(error)
+            continue
+        files[file] = content
+        card["exports"][name] = {"rows": program.rows, "reason": program.reason}
+        if name == "onnx":
+            card["exports"][name]["opset"] = onnx.OPSET
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+def _withdraw(card: dict[str, Any], files: dict[str, bytes]) -> None:
+    """Takes back the files that are not what they should be: another model's outputs, or a CSR that is no faster."""
+    certificate = card["certificate"]
+    limit = _FARTHEST * certificate["largest_output"]
+    most = explained(card["measures"], {name: len(content) for name, content in files.items()}, "csr")
+    for name in ("pt2", "onnx", "csr"):
+        difference = certificate[name]
+        if difference is None:
+            continue
+        reason = ""
+        if not difference <= limit:
+            reason = f"its outputs differ from the masked model's by {difference:.1e}"
+        elif name == "csr" and not any(claim(e, most) == "faster" for e in card["latency"] if e["format"] == name):
+            reason = "linear layers as compressed sparse rows are not faster here"
+        if reason:
+            card["refused"][name] = reason
+            certificate[name] = None
+            card["exports"].pop(name, None)
+            del files[artefact.NEEDS[name][0]]
 
 
-def _refuse_folder(folder: Path) -> None:
+def _refuse_formats(formats: Sequence[str]) -> None:
+    for name in formats:
+        if name not in FORMATS:
+            raise UnknownName("format", name, FORMATS)
+    if "onnx" in formats:
+        from orchestrator.export import onnx
+
+        onnx.refuse_without_packages()
+
+
+def refuse_folder(folder: Path) -> None:
     """Refuse a folder that cannot be made or written, before anything is read for it."""
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     if not there.is_dir():
@@ -134,30 +193,12 @@ def _refuse_folder(folder: Path) -> None:
         raise InputError(f"cannot write a model into {folder}: {there} is not writable")
 
 
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _difference(loaded: LoadedTask, state: State, model: nn.Module) -> float:
-    """The greatest absolute difference between the outputs of the fetched model and of the stored state."""
-    with isolated(0):
-        original = loaded.model()
-    into_model(state.masked().weights, original)
-    inputs, _ = loaded.valid.take(torch.arange(min(64, len(loaded.valid))))
-    with torch.no_grad():
-        pairs = zip(_flat(call(original.eval(), inputs)), _flat(call(model, inputs)), strict=True)
-        return max(float((one.double() - other.double()).abs().max()) for one, other in pairs)
-
-
-def _flat(outputs: Any) -> list[torch.Tensor]:
-    """Every tensor of a model's outputs, in order."""
-    found: list[torch.Tensor] = []
-    transform(found.append, outputs)
-    return found
+def _remove_earlier(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Removes what an earlier fetch wrote and this one does not: it would be of another model."""
+    with suppress(InputError, OSError):
+        for name in artefact.read_card(folder)["files"]:
+            if name not in files:
+                (folder / name).unlink(missing_ok=True)
 
 
 def _choose(study: Study, where: Sequence[str], minimise: str | None) -> str:
@@ -187,46 +228,3 @@ def _row(study: Study, key: str) -> dict[str, Any]:
     row = table.take(found).to_pylist()[0]
     assert isinstance(row, dict)
     return row
-
-
-def _card(
-    study: Study, row: Mapping[str, Any], lineage: list[dict[str, Any]], files: Mapping[str, bytes]
-) -> dict[str, Any]:
-    measures = {name: row[name] for name in MEASURES if row[name] is not None} | json.loads(row["metrics"] or "{}")
-    for name in ("class_accuracy", "test_class_accuracy"):
-        if row[name] is not None:
-            measures[name] = row[name]
-    return {
-        "key": row["key"],
-        "study": study.spec.name,
-        "trial": row["trial"],
-        "round": row["round"],
-        "seed": row["seed"],
-        "params": json.loads(row["params"] or "{}"),
-        "measures": measures,
-        "layers": json.loads(row["layers"] or "{}"),
-        "lineage": lineage,
-        "certificate": {"reloaded": None, "shrunk": None, "pt2": None, "onnx": None},
-        "latency": [],
-        "bytes": {name.partition(".")[0]: len(content) for name, content in files.items()},
-        "says": _says(measures, files),
-        "task": study.spec.task,
-        "task_params": study.spec.task_params,
-        "task_digest": row["task_digest"],
-        "root": str(study.root),
-        "study_digest": study.spec.digest(),
-        "versions": json.loads(row["versions"] or "{}") | {"orchardist": __version__},
-        "files": {
-            name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            for name, content in files.items()
-        },
-    }
-
-
-def _says(measures: Mapping[str, Any], files: Mapping[str, bytes]) -> str:
-    plain, packed = len(files[WEIGHTS]), len(files[PACKED])
-    return (
-        f"{measures['sparsity']:.1%} of the prunable weights are gone: {measures['compression_ratio']:.1f}x fewer "
-        f"parameters, {packed:,} bytes packed instead of {plain:,}. No speed-up is claimed: runtimes do not skip "
-        "unstructured zeros."
-    )

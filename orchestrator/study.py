@@ -249,6 +249,12 @@ class Study:
 
         return fetch_ticket(self, key, Path(folder), where=where, minimise=minimise)
 
+    def report(self, path: str | Path) -> Path:
+        """Write one HTML file that shows this study and opens offline; returns the file. No code of the user is run."""
+        from orchestrator.report.html import write_report
+
+        return write_report(self, path)
+
     def task_of(self, row: Mapping[str, Any]) -> StudySpec | OtherTask:
         """The task that an outcome was measured on: one of `[[tickets.tasks]]`, or what the study says of its own."""
         others = self.noted().get("others", {})

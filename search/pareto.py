@@ -22,6 +22,8 @@ DIRECTIONS: tuple[Direction, ...] = ("maximise", "minimise")
 
 # Rows compared with the front at a time: small enough that the comparison stays in cache.
 _BLOCK = 512
+# Of so many rows, a few are looked at first: they dominate nearly all the others.
+_SAMPLE = 4096
 _PIVOTS = 16
 
 
@@ -32,8 +34,11 @@ def front(values: ArrayLike, directions: Sequence[Direction]) -> Indices:
     far: O(n * front).
     """
     costs = _costs(values, directions)
-    measured = np.flatnonzero(~np.isnan(costs).any(axis=1))
-    return np.sort(measured[_minimal(costs[measured])])
+    unmeasured = np.isnan(costs).any(axis=1)
+    if not unmeasured.any():
+        return np.sort(_minimal(costs))
+    measured = np.flatnonzero(~unmeasured)
+    return np.sort(measured[_minimal(_rows(costs, measured))])
 
 
 def ranks(values: ArrayLike, directions: Sequence[Direction]) -> Indices:
@@ -107,7 +112,7 @@ def knee(values: ArrayLike, directions: Sequence[Direction]) -> int:
 
 
 def _costs(values: ArrayLike, directions: Sequence[Direction]) -> Floats:
-    """`values` as floats to be minimised, checked against the directions."""
+    """`values` as floats to be minimised, checked against the directions; each column lies in one piece."""
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0 and array.ndim == 1:
         array = array.reshape(0, len(directions))
@@ -119,7 +124,12 @@ def _costs(values: ArrayLike, directions: Sequence[Direction]) -> Floats:
     if not len(directions):
         raise ValueError("there must be at least one objective")
     signs: Floats = np.array([-1.0 if direction == "maximise" else 1.0 for direction in directions])
-    return np.multiply(array, signs)
+    return np.multiply(array, signs, order="F")
+
+
+def _rows(costs: Floats, indices: Indices) -> Floats:
+    """Some rows, whose columns lie in one piece again."""
+    return costs.T[:, indices].T
 
 
 def _minimal(costs: Floats) -> Indices:
@@ -129,24 +139,39 @@ def _minimal(costs: Floats) -> Indices:
     if costs.shape[1] == 1:
         return np.flatnonzero(costs[:, 0] == costs[:, 0].min())
     left = _thinned(costs)
-    return left[_minimal_of_two(costs[left]) if costs.shape[1] == 2 else _minimal_by_blocks(costs[left])]
+    candidates = _rows(costs, left)
+    return left[_minimal_of_two(candidates) if costs.shape[1] == 2 else _minimal_by_blocks(candidates)]
 
 
 def _thinned(costs: Floats) -> Indices:
     """The rows that a few good rows do not dominate: a cheap pass over each instead of a place in the sort."""
+    if len(costs) <= _SAMPLE:
+        return np.arange(len(costs))
+    sample = _rows(costs, np.arange(0, len(costs), len(costs) // _SAMPLE))
+    if costs.shape[1] == 2:
+        return np.flatnonzero(_reaches_below(sample[_minimal_of_two(sample)], costs))
     left = np.arange(len(costs))
-    if len(costs) <= _BLOCK:
-        return left
-    sums = _scaled_sums(costs)
+    sums = _scaled_sums(sample)
     for _ in range(_PIVOTS):
-        pivot = int(np.argmin(sums))
-        kept = ~_dominated_by(costs[left[pivot]], costs[left])
-        # The pivot stays among the rows, but is not chosen again.
-        sums[pivot] = np.inf
-        left, sums = left[kept], sums[kept]
-        if len(left) <= _BLOCK or kept.mean() > 0.9:
+        if not len(sample):
             break
+        pivot = sample[int(np.argmin(sums))]
+        kept = ~_dominated_by(pivot, _rows(costs, left))
+        left = left[kept]
+        if kept.mean() > 0.9:
+            break
+        # The pivot stays among the rows, but is not chosen again.
+        others = ~_dominated_by(pivot, sample) & (sample != pivot).any(axis=1)
+        sample, sums = _rows(sample, np.flatnonzero(others)), sums[others]
     return left
+
+
+def _reaches_below(front: Floats, costs: Floats) -> NDArray[np.bool_]:
+    """In two objectives, the rows whose second cost no row of the front undercuts at a first cost no greater."""
+    stairs = front[np.lexsort((front[:, 1], front[:, 0]))]
+    step = np.searchsorted(stairs[:, 0], costs[:, 0], side="right")
+    undercut = np.concatenate([[np.inf], stairs[:, 1]])
+    return costs[:, 1] <= undercut[step]
 
 
 def _minimal_of_two(costs: Floats) -> Indices:

@@ -54,10 +54,6 @@ class Bound:
             raise BoundError(f"{str(self)!r} needs the dense model's {self.measure}, which was not measured")
         return self.factor * dense + self.offset
 
-    def holds(self, column: ArrayLike, dense: float | None = None) -> NDArray[np.bool_]:
-        """For each value whether it keeps the bound; NaN never does. Equality allows a relative 1e-9."""
-        return violations(self, column, dense) <= 0
-
 
 def parse(text: str, *, measure: str | None = None) -> Bound:
     """The bound that `text` spells; with `measure`, the text starts at the operator, as in a study's `[constraints]`.
@@ -83,7 +79,8 @@ def parse(text: str, *, measure: str | None = None) -> Bound:
 def violations(bound: Bound, column: ArrayLike, dense: float | None = None) -> NDArray[np.float64]:
     """How far each value is beyond the bound, as a fraction of the limit (or as it is, where the limit is 0).
 
-    Above 0 exactly when the bound does not hold, and infinite for NaN, so that sums over bounds compare.
+    Above 0 exactly when the bound does not hold, and infinite for NaN, so that sums over bounds compare. Equality
+    allows a relative 1e-9.
     """
     values = np.asarray(column, dtype=np.float64)
     limit = bound.limit(dense)

@@ -47,7 +47,7 @@ def count(model: nn.Module, example: Nested) -> Flops:
     model.eval()
     counter = _Counter(model)
     try:
-        with torch.no_grad(), _plain_kernels(), counter:
+        with torch.no_grad(), plain_kernels(), counter:
             call(model, example)
     finally:
         for module, training in modes.items():
@@ -130,8 +130,9 @@ def _multiplications(operation: Any, first: Tensor, second: Tensor, args: Any, r
 
 
 @contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Fused kernels for attention and recurrent layers off, so that their products are run, and seen, one by one."""
+def plain_kernels() -> Iterator[None]:
+    """Fused kernels for attention and recurrent layers off: they hide the products that they are made of, and cannot be
+    differentiated twice."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from orchestrator import Study, StudySpec, load
 from orchestrator.errors import InputError, QueryError
+from orchestrator.export import pt2
 from orchestrator.measures.accuracy import evaluate
 from orchestrator.pools.local import LocalPool
 from orchestrator.tasks.load import load as load_task
@@ -31,7 +33,7 @@ def study(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     return found
 
 
-def accuracy_of(model: torch.nn.Module, task: str, root: Path, **params: Any) -> float:
+def accuracy_of(model: torch.nn.Module, task: str, root: Path, /, **params: Any) -> float:
     """The loaded model's validation accuracy."""
     loaded = load_task(collect(task, root), params, root)
     found = evaluate(model, loaded.valid, loaded.task.loss, loaded.metrics)["accuracy"]
@@ -195,10 +197,182 @@ def test_no_point_that_keeps_the_constraints(root: Path, tmp_path: Path) -> None
         study.fetch(None, tmp_path / "out")
 
 
-def test_a_state_that_was_deleted(root: Path, tmp_path: Path) -> None:
+def test_a_state_that_was_deleted_is_made_again(root: Path, tmp_path: Path) -> None:
     study = Study(small.spec(trials=1), tmp_path / "store", root=root)
     study.run(LocalPool())
     key = study.front().points[0]["key"]
+    before = study.fetch(key, tmp_path / "before")
     study.store.states.delete(key)
-    with pytest.raises(QueryError, match="no longer in the store"):
-        study.fetch(key, tmp_path / "out")
+    after = study.fetch(key, tmp_path / "after")
+    for name in ("weights.safetensors", "masks.safetensors"):
+        assert (before / name).read_bytes() == (after / name).read_bytes()
+
+
+# In other formats.
+
+
+@pytest.fixture(scope="module")
+def everything(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's model in every format."""
+    return study.fetch(None, tmp_path_factory.mktemp("everything"), formats=["safetensors", "pt2", "onnx"])
+
+
+def card_in(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "card.json").read_text())
+    return found
+
+
+def test_every_format_computes_the_same(everything: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    card = card_in(everything)
+    assert card["refused"].keys() <= {"csr"} and card["exports"]["onnx"] == {"rows": None, "reason": "", "opset": 20}
+    assert all(card["certificate"][name] <= 1e-5 for name in ("pt2", "onnx"))
+    inputs = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = load(everything, task="my_task.py")(inputs)
+        for format in ("safetensors", "packed"):
+            assert torch.equal(load(everything, "my_task.py", format=format)(inputs), expected)
+        for format in ("pt2", "onnx", None):
+            assert torch.allclose(load(everything, format=format)(inputs), expected, atol=1e-5)
+    assert {entry["format"] for entry in card["latency"]} >= {"torch", "pt2", "onnx"}
+    assert card["compressed"]["bytes"].keys() == card["bytes"].keys() >= {"weights", "packed", "pt2", "onnx"}
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), [("pt2", "model.pt2"), ("onnx", "model.onnx"), (None, "masks.safetensors")]
+)
+def test_a_tampered_file_of_any_format_is_refused(
+    format: str | None, name: str, everything: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(everything, tmp_path / "out"))
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=f"{name} is not the file that was fetched"):
+        load(folder, format=format)
+
+
+def test_a_graph_needs_no_other_file(everything: Path, tmp_path: Path) -> None:
+    for name in ("card.json", "model.pt2"):
+        shutil.copy(everything / name, tmp_path)
+    assert load(tmp_path)(torch.zeros(2, 4)).shape == (2, 3)
+
+
+def test_a_format_that_is_not_there_is_refused(study: Study, everything: Path, tmp_path: Path) -> None:
+    folder = study.fetch(None, tmp_path / "out")
+    with pytest.raises(InputError, match="was not fetched as onnx; legal: safetensors, packed"):
+        load(folder, format="onnx")
+    with pytest.raises(InputError, match="unknown format 'onyx'; did you mean 'onnx'"):
+        load(everything, format="onyx")
+    with pytest.raises(InputError, match="unknown format 'jax'"):
+        study.fetch(None, tmp_path / "out", formats=["jax"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": [], "task": "digits"}'])
+def test_what_is_no_card_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(InputError, match="holds no fetched model"):
+        load(tmp_path)
+
+
+def test_a_file_outside_the_folder_is_not_read(everything: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(everything, tmp_path / "out"))
+    card = card_in(folder)
+    (tmp_path / "secret").write_text("")
+    card["files"]["../secret"] = {"bytes": 0, "sha256": "0"}
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(InputError, match=r"card.json lists '../secret', which no fetch writes"):
+        load(folder)
+
+
+def test_a_second_fetch_leaves_nothing_of_the_first(study: Study, everything: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(everything, tmp_path / "out"))
+    (folder / "mine.txt").write_text("stays")
+    study.fetch(None, folder)
+    assert {path.name for path in folder.iterdir()} == {*card_in(folder)["files"], "card.json", "mine.txt"}
+    assert "model.pt2" not in card_in(folder)["files"]
+
+
+def test_an_operation_that_does_not_export_leaves_the_other_formats(tmp_path: Path) -> None:
+    root = small.write_task(tmp_path / "root")
+    odd = small.TASK.replace("return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))", "return Odd()") + ODD
+    (root / "my_task.py").write_text(odd)
+    study = Study(small.spec(trials=1), tmp_path / "store", root=root)
+    study.run(LocalPool())
+    card = card_in(study.fetch(None, tmp_path / "out", formats=["pt2", "onnx"]))
+    assert "model.pt2" in card["files"] and "model.onnx" not in card["files"]
+    assert "linalg_eig" in card["refused"]["onnx"] and "No onnx: " in card["says"]
+    assert card["certificate"]["pt2"] == 0 and card["certificate"]["onnx"] is None
+
+
+ODD = """
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(x) + torch.linalg.eigvals(x[:, None] * x[:, :, None]).abs()[:, :3]
+"""
+
+
+def test_canary_a_graph_that_computes_something_else_is_withdrawn(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pt2, "to_bytes", _of_another_model(pt2.to_bytes))
+    card = card_in(study.fetch(None, tmp_path / "out", formats=["pt2"]))
+    assert "its outputs differ from the masked model's by" in card["refused"]["pt2"]
+    assert "model.pt2" not in card["files"] and not (tmp_path / "out" / "model.pt2").exists()
+
+
+def _of_another_model(function: Any) -> Any:
+    def to_bytes(exported: pt2.Exported) -> bytes:
+        for tensor in exported.program.state_dict.values():
+            tensor.data.add_(1)
+        return bytes(function(exported))
+
+    return to_bytes
+
+
+# The whole zoo is in tests/benchmarks/round_trips.py.
+
+
+@pytest.mark.parametrize(
+    ("model", "structure"), [("lenet-300-100", "weight"), ("depthwise", "channel"), ("transformer", "head")]
+)
+def test_round_trips(model: str, structure: str, tmp_path: Path) -> None:
+    study = pruned(model, structure, tmp_path / "store")
+    point = study.front().points[-1]
+    folder = study.fetch(point["key"], tmp_path / "out", formats=["pt2"])
+    card = card_in(folder)
+    cut_out = structure != "weight"
+    assert ("shrunk.safetensors" in card["files"]) == cut_out
+    assert all(card["certificate"][name] <= 1e-5 for name in (["shrunk"] if cut_out else []) + ["pt2"])
+    shares = {name: value for name, value in card["certificate"]["accuracy"].items() if isinstance(value, float)}
+    assert set(shares.values()) == {card["measures"]["test_accuracy"]}
+    found = load(folder)
+    assert accuracy_of(found, "digits", Path(), model=model) == card["measures"]["accuracy"]
+    params = sum(parameter.numel() for parameter in found.parameters())
+    whole = card["measures"]["total_params"]
+    assert params < whole if cut_out else params == whole
+    if cut_out:
+        assert card["bytes"]["shrunk"] / card["bytes"]["weights"] == pytest.approx(params / whole, abs=0.15)
+    else:
+        assert card["bytes"]["packed"] <= 0.1 * card["bytes"]["weights"]
+
+
+def pruned(model: str, structure: str, store: Path) -> Study:
+    """A study of one trial: a model of the zoo on small digits, half of its units gone, or 95 % of its weights."""
+    amount = {"sparsity": 0.95} if structure == "weight" else {"unit_sparsity": 0.5}
+    spec = StudySpec(
+        name="zoo",
+        task="digits",
+        task_params={"model": model},
+        trials=1,
+        sampler="random",
+        train={"epochs": 1},
+        space={"structure": structure, "retrain": "none"} | amount,
+    )
+    study = Study(spec, store)
+    study.run(LocalPool())
+    return study

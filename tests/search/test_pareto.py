@@ -94,9 +94,13 @@ def test_ranks_peel_front_after_front(values: Any) -> None:
         left, rank = np.setdiff1d(left, best), rank + 1
 
 
-@pytest.mark.parametrize("objectives", [2, 3, 4])
-def test_many_points_agree_with_a_plain_search(objectives: int) -> None:
-    values = np.random.default_rng(objectives).integers(0, 25, (4000, objectives)).astype(float)
+@pytest.mark.parametrize(("objectives", "least"), [(2, 0), (2, 12), (3, 18), (4, 30)])
+def test_many_points_agree_with_a_plain_search(objectives: int, least: int) -> None:
+    draw = np.random.default_rng(objectives)
+    values = draw.integers(0, 25, (10_000, objectives)).astype(float)
+    values[values.sum(axis=1) < least] = 25.0  # a front of more than the one best corner
+    values[draw.random(values.shape) < 0.01] = np.inf
+    values[draw.random(values.shape) < 0.0002] = -np.inf
     unique = np.unique(values, axis=0)
     plain = {tuple(row) for row in unique if not (np.all(unique <= row, 1) & np.any(unique < row, 1)).any()}
     found = front(values, [DOWN] * objectives)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from search.query import OPERATORS, Bound, BoundError, constraint, nearest_miss, parse, satisfied
 
@@ -51,18 +53,21 @@ def test_a_bound_that_cannot_be_read_is_quoted(text: str) -> None:
 
 
 def test_bounds_hold_row_by_row() -> None:
+    def holds(text: str, column: NDArray[np.float64], dense: Mapping[str, float] | None = None) -> list[bool]:
+        return list(satisfied([parse(text)], {"a": column}, dense).tolist())
+
     column = np.array([0.96, 0.97, 0.98, np.nan])
-    assert parse("a >= 0.97").holds(column).tolist() == [False, True, True, False]
-    assert parse("a > 0.97").holds(column).tolist() == [False, False, True, False]
-    assert parse("a < 0.97").holds(column).tolist() == [True, False, False, False]
-    assert parse("a <= 0.97").holds(column).tolist() == [True, True, False, False]
-    assert parse("a == 0.97").holds(column).tolist() == [False, True, False, False]
-    assert parse("a >= dense - 0.01").holds(column, 0.985).tolist() == [False, False, True, False]
+    assert holds("a >= 0.97", column) == [False, True, True, False]
+    assert holds("a > 0.97", column) == [False, False, True, False]
+    assert holds("a < 0.97", column) == [True, False, False, False]
+    assert holds("a <= 0.97", column) == [True, True, False, False]
+    assert holds("a == 0.97", column) == [False, True, False, False]
+    assert holds("a >= dense - 0.01", column, {"a": 0.985}) == [False, False, True, False]
 
 
 def test_a_missing_dense_value_is_an_error() -> None:
     with pytest.raises(BoundError, match="needs the dense model's accuracy"):
-        parse("accuracy >= dense").holds([0.9])
+        satisfied([parse("accuracy >= dense")], {"accuracy": [0.9]})
 
 
 def test_a_constraint_is_positive_when_violated() -> None:
@@ -78,7 +83,7 @@ def test_positive_means_that_it_does_not_hold(operator: str, limit: float, value
     bound = Bound(measure="a", operator=operator, offset=limit)
     truth = {">=": value >= limit, "<=": value <= limit, ">": value > limit, "<": value < limit}
     violated = constraint(bound, value) > 0
-    assert violated != bound.holds([value])[0]
+    assert violated != satisfied([bound], {"a": [value]})[0]
     if operator in truth:
         assert violated != truth[operator]
 
