@@ -21,6 +21,8 @@ import typer
 
 from orchestrator.canonical import finite
 from orchestrator.errors import InputError, OrchardistError, WorkersUnusable
+from orchestrator.store.files import without_credentials
+from orchestrator.store.paths import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from orchestrator.front import Front
@@ -58,7 +60,6 @@ Where = Annotated[list[str], typer.Option("--where", metavar="BOUND", help='such
 Minimise = Annotated[
     str | None, typer.Option("--minimise", metavar="MEASURE", help="then the one with the least of it")
 ]
-DEFAULT_STORE = "./orchard"
 _LONGEST_WAIT_SECONDS = 5.0
 
 
@@ -111,9 +112,70 @@ def run(
         print(f"no point keeps the study's constraints ({bounds})", file=sys.stderr)
     if found.knee is not None:
         key = found.points[found.knee]["key"]
-        where = "" if store == DEFAULT_STORE else f" --store {shlex.quote(store)}"
+        where = "" if store == DEFAULT_STORE else f" --store {shlex.quote(opened.store.name)}"
         print(f"\nThe knee of the front is {key[:12]}. To take it home:")
         print(f"  {_program()} fetch {opened.spec.name} {key[:12]} -o {opened.spec.name}-pruned{where}")
+
+
+@app.command()
+def submit(
+    study: StudyFile,
+    address: Annotated[str, typer.Option(metavar="http://HEAD:8265", help="the dashboard of a Ray cluster")],
+    store: StoreUrl = DEFAULT_STORE,
+    follow: Annotated[bool, typer.Option("--follow", help="show what the driver writes until the study ends")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="worker processes; default: all there is room for")] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="share of a GPU for each worker; 0 forces the CPU")
+    ] = None,
+    include: Annotated[
+        list[Path],
+        typer.Option("--include", metavar="PATH", help="a file or folder below the study's to send too; repeatable"),
+    ] = [],  # noqa: B006 typer wants a list
+    accept_task_change: Annotated[
+        bool, typer.Option("--accept-task-change", help="go on although the task's code or data changed")
+    ] = False,
+) -> None:
+    """Run a study on a Ray cluster, as a job: it goes on when this machine is switched off."""
+    from orchestrator import submit as jobs
+    from orchestrator.shipping import shipment
+    from orchestrator.spec import StudySpec
+
+    jobs.refuse_store(store)
+    shipped = shipment(study, include)
+    name = StudySpec.load(study).name
+    client = jobs.connect(address)
+    options = ["--store", store]
+    for option, value in (("--workers", workers), ("--gpus-per-worker", gpus_per_worker)):
+        options += [] if value is None else [option, f"{value:g}"]
+    options += ["--accept-task-change"] if accept_task_change else []
+    command = jobs.entrypoint(shipped, options)
+    found = jobs.submit(client, shipped, name=name, store=store, command=command)
+    stop = f"ray job stop --address {shlex.quote(address)} {found.id}"
+
+    def told(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    if found.joined:
+        told(f"{name} runs already, as the job {found.id}; this command joins it")
+        if not found.same:
+            told(f"it runs another version of the study's files; for this one: {stop}, then submit again")
+    else:
+        for row in shipped.rows():
+            told(f"sent {row['file']}: {row['bytes']:,} bytes")
+        for path in shipped.left:
+            told(f"not sent, every node must have it: {path}")
+        told(f"submitted as the job {found.id}")
+    try:
+        if follow:
+            code = jobs.follow(client, found.id, lambda text: print(text, end="", flush=True))
+            raise typer.Exit(code)
+        if not jobs.wait_until_started(client, found.id):
+            told("it has not started yet: the cluster may have no room")
+    except KeyboardInterrupt:
+        told(f"the job {found.id} goes on; the same command joins it again. To stop it: {stop}")
+        raise _Left(130) from None
+    told(f"to follow it: the same command with --follow; to stop it: {stop}")
+    told(f"to look at it: {_program()} status {name} --store {shlex.quote(without_credentials(store))}")
 
 
 @app.command()
@@ -135,7 +197,9 @@ def status(study: StudyName, store: StoreUrl = DEFAULT_STORE, format: Formatted 
 
 @app.command()
 def front(
-    study: StudyName,
+    studies: Annotated[
+        list[str], typer.Argument(metavar="STUDY|NAME...", help="study files or names; several: of one task")
+    ],
     store: StoreUrl = DEFAULT_STORE,
     where: Where = [],  # noqa: B006 typer wants a list
     minimise: Minimise = None,
@@ -143,17 +207,77 @@ def front(
     format: Formatted = Format.table,
 ) -> None:
     """The models that no other model beats in every objective."""
-    opened = _open(study, store)
-    found = opened.front(where, minimise)
+    if plot is not None and len(studies) > 1:
+        raise InputError("--plot draws one study: legal with one name")
+    opened = [_open(study, store) for study in studies]
+    if len(opened) == 1:
+        found = opened[0].front(where, minimise)
+    else:
+        from orchestrator.study import front_of
+
+        found = front_of(opened, where, minimise)
     if plot is not None:
         from orchestrator.report.plot import plot_front
 
-        plot_front(opened, found, plot)
+        plot_front(opened[0], found, plot)
         print(f"drawn in {plot}", file=sys.stderr)
     if format is Format.json:
         _print_json(found.as_json())
     else:
         _print_rows(_front_rows(found, whole=format is Format.csv), format)
+
+
+@app.command()
+def tickets(
+    study: StudyName,
+    store: StoreUrl = DEFAULT_STORE,
+    plot: Annotated[Path | None, typer.Option(metavar="DIR", help="draw them as PNG files in this folder")] = None,
+    structure: Annotated[bool, typer.Option("--structure", help="show what the masks leave empty and full")] = False,
+    stability: Annotated[
+        bool, typer.Option("--stability", help="measure the error between siblings, where it was not yet")
+    ] = False,
+    format: Formatted = Format.table,
+) -> None:
+    """A study's lottery tickets beside their controls at equal sparsity, with what may be claimed."""
+    from orchestrator.ticket_table import rows
+
+    if format is Format.csv and (structure or stability):
+        raise InputError("--format csv is the table of tickets alone: legal with --structure, --stability: table, json")
+    opened = _open(study, store)
+    with redirect_stdout(sys.stderr):  # the user's task, which may be run, may print
+        if stability:
+            from orchestrator.ticket_stability import measure
+
+            measure(opened, told=lambda line: print(line, file=sys.stderr))
+        found = opened.tickets(structure=structure or format is Format.json)
+        if plot is not None:
+            from orchestrator.report.ticket_plots import plot_tickets
+
+            drawn = plot_tickets(opened, plot)
+            print(*(f"drawn: {path}" for path in drawn.files), sep="\n")
+            print(*(f"not drawn: {line}" for line in drawn.left_out), sep="\n")
+    if format is Format.json:
+        _print_json(found)
+        return
+    _print_rows(rows(found), format)
+    for ticket in found["tickets"] if format is Format.table else ():
+        if ticket["controls"]:
+            print(f"\n{ticket['key'][:12]}: {ticket['says']}")
+        for moved in ticket["transfers"]:
+            print(f"{moved['key'][:12]}: {moved['says']}")
+    if format is Format.table and not any(ticket["controls"] or ticket["transfers"] for ticket in found["tickets"]):
+        print("\nThey were compared with nothing: [tickets] controls says with what.")
+    if structure:
+        from orchestrator import ticket_structure
+
+        print("\nShares of empty and full groups, beside count-matched random masks:")
+        _print_table(ticket_structure.rows(found))
+        print("", *ticket_structure.says(found), sep="\n")
+    if stability:
+        from orchestrator import ticket_stability
+
+        print("\nError barriers between siblings:")
+        _print_table(ticket_stability.rows(found))
 
 
 @app.command()
@@ -166,20 +290,37 @@ def fetch(
     minimise: Minimise = None,
     format: Annotated[
         str,
-        typer.Option("--format", metavar="LIST", help="files to write: safetensors; json: the card on stdout"),
+        typer.Option(
+            "--format", metavar="LIST", help="any of safetensors (always written), pt2, onnx; json: the card on stdout"
+        ),
     ] = "safetensors",
+    ticket: Annotated[
+        bool, typer.Option("--ticket", help="write the lottery ticket alone, a small file to try elsewhere")
+    ] = False,
 ) -> None:
-    """Write one model: weights, masks, and a card that says what it is."""
+    """Write one model: weights, masks, and a card that says what it is, with the proof and its speed on this device."""
+    from orchestrator.export import FORMATS
+
     formats = format.split(",")
     for name in formats:
-        if name not in ("safetensors", "table", "json"):
-            there = "is not written yet" if name in ("onnx", "pt2") else "is unknown"
-            raise InputError(f"--format {name} {there}; legal: safetensors, json")
+        if name not in (*FORMATS, "table", "json"):
+            raise InputError(f"--format {name} is unknown; legal: {', '.join(FORMATS)}, json")
     if key is not None and (where or minimise):
         raise InputError("a KEY names one model: legal without --where and --minimise")
+    if ticket:
+        if formats != ["safetensors"]:
+            raise InputError("--ticket writes one file: legal without --format")
+        with redirect_stdout(sys.stderr):  # the user's task, which may be run for the weights, may print
+            file = _open(study, store).fetch_ticket(key, output, where=where, minimise=minimise)
+        print(f"{file}: {file.stat().st_size:,} bytes")
+        return
+    written = [name for name in formats if name in FORMATS]
     with redirect_stdout(sys.stderr):  # the user's task, which is run to prove the model, may print
-        folder = _open(study, store).fetch(key, output, where=where, minimise=minimise)
+        folder = _open(study, store).fetch(key, output, where=where, minimise=minimise, formats=written)
     card = json.loads((folder / "card.json").read_text())
+    for name in written:
+        if name in card["refused"]:
+            print(f"not written as {name}: {card['refused'][name]}", file=sys.stderr)
     if "json" in formats:
         _print_json(card)
         return
@@ -187,8 +328,83 @@ def fetch(
     measures = ("accuracy", "test_accuracy", "sparsity", "nonzero_params")
     print(", ".join(f"{name} {_cell(card['measures'][name])}" for name in measures if name in card["measures"]))
     print(card["says"])
-    task = "" if card["task"] in _builtin_tasks() else f", task={card['task']!r}"
+    alone = card["task"] in _builtin_tasks() or "model.pt2" in card["files"]
+    task = "" if alone else f", task={card['task']!r}"
     print(f"In Python: orchestrator.load({str(folder)!r}{task})")
+
+
+@app.command()
+def measure(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what `fetch` wrote")],
+    task: Annotated[str | None, typer.Option(metavar="FILE", help="the model's task, where it is your own")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="of a CPU")] = 1,
+    format: Formatted = Format.table,
+) -> None:
+    """Prove and time a fetched model again, on this device, and add that to its card."""
+    from orchestrator.certificate import latency_rows
+    from orchestrator.certificate import measure as certified
+
+    with redirect_stdout(sys.stderr):  # the user's task, which is run, may print
+        card = certified(folder, task, device=device, threads=threads)
+    if format is Format.json:
+        _print_json(card["measured"])
+        return
+    _print_rows(latency_rows(card["measured"]["latency"]), format)
+    if format is Format.table:
+        print(f"\n{card['measured']['says']}\nAdded to {folder / 'card.json'}.")
+
+
+@app.command()
+def responsible(
+    study: StudyName,
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="as `front` shows it; default: the knee")] = None,
+    store: StoreUrl = DEFAULT_STORE,
+    where: Where = [],  # noqa: B006 typer wants a list
+    minimise: Minimise = None,
+    learnt_above: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="dense accuracy up to it means never learnt; default: that of guessing"),
+    ] = None,
+    format: Formatted = Format.table,
+) -> None:
+    """Who pays for the pruning: every class and group before and after, with intervals and a verdict."""
+    if key is not None and (where or minimise):
+        raise InputError("a KEY names one model: legal without --where and --minimise")
+    from orchestrator.responsible import words
+    from orchestrator.responsible.account import account
+
+    def told(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    with redirect_stdout(sys.stderr):  # the user's task, which is run, may print
+        opened = _open(study, store)
+        found = account(opened, key, where=where, minimise=minimise, learnt_above=learnt_above, told=told)
+    if format is Format.json:
+        _print_json(found)
+    elif format is Format.csv:
+        _print_rows(found["rows"], format)
+    else:
+        print("\n".join(words.leads(found)), end="\n\n")
+        _print_table(words.table(found))
+        for title, rows in (
+            ("Examples on which dense and pruned differ", words.disagreement_rows(found)),
+            ("What the change of a class goes with", words.model_rows(found["model"])),
+        ):
+            if rows:
+                print(f"\n{title}:")
+                _print_table(rows)
+        print("\n".join(f"Note: {note}." for note in found["model"]["notes"]))
+
+
+@app.command()
+def report(
+    study: StudyName,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="the file to write")],
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Write one HTML file that shows a study: its front, its search, who pays, and what is missing. Opens offline."""
+    print(f"written: {_open(study, store).report(output)}")
 
 
 @app.command(name="list")
@@ -200,6 +416,23 @@ def list_(
     from orchestrator.catalogue import KINDS, catalogue
 
     _print_rows(catalogue(what) if what else [{"kind": kind} for kind in KINDS], format)
+
+
+@app.command()
+def gc(
+    study: StudyName,
+    store: StoreUrl = DEFAULT_STORE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how much it would be")] = False,
+    format: Formatted = Format.table,
+) -> None:
+    """Remove a study's models that no front, no ticket and no other study needs; asked for, they are made again."""
+    swept = _open(study, store).sweep(dry_run=dry_run)
+    found = {"study": swept.study, "removed": not dry_run, "states": swept.states, "bytes": swept.bytes}
+    if format is not Format.table:
+        _print_rows([found | {"kept": swept.kept}], format)
+        return
+    would = "would remove" if dry_run else "removed"
+    print(f"{would} {swept.states:,} states, {swept.bytes:,} bytes; {swept.kept:,} states are kept")
 
 
 @app.command()
@@ -217,12 +450,43 @@ def check(
         raise InputError("check wants a STUDY file, or --schema")
     opened = _from_file(study, "memory://check")
     info = opened.check()
+    for line in opened.warnings():
+        print(f"{study}: {line}", file=sys.stderr)
     weights = sum(layer.size for layer in info.layers)
     print(
         f"{study}: a good study. {opened.spec.trials} trials x {len(opened.spec.seeds)} seeds of "
         f"{opened.spec.task!r}: {len(info.layers)} prunable layers, {weights:,} weights, "
         f"{info.train_examples:,} training examples"
     )
+
+
+@app.command()
+def doctor(
+    store: Annotated[
+        str | None, typer.Option("--store", metavar="URL", envvar="ORCHARDIST_STORE", help="a store to try out")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDR", help="a cluster: auto, HOST:PORT, or http://HEAD:8265")
+    ] = None,
+    format: Formatted = Format.table,
+) -> None:
+    """Find out what is wrong with a store or a cluster, and what to do about it."""
+    from orchestrator.doctor import examine
+
+    findings = examine(store, address)
+    if format is Format.table:
+        _print_table([{name: value for name, value in f.as_row().items() if name != "advice"} for f in findings])
+        for finding in findings:
+            if finding.advice:
+                print(f"\n{finding.what} of {finding.where}: {finding.advice}")
+    else:
+        _print_rows([finding.as_row() for finding in findings], format)
+    if any(finding.state == "wrong" for finding in findings):
+        raise typer.Exit(1)
+
+
+class _Left(SystemExit):
+    """An interrupt after which there is nothing to go on with: the work is done elsewhere."""
 
 
 def main() -> None:
@@ -240,7 +504,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as end:
-        if end.code == 130:  # what typer makes of an interrupt within a command
+        if end.code == 130 and not isinstance(end, _Left):  # what typer makes of an interrupt within a command
             _interrupted()
         raise
     except BrokenPipeError:
@@ -287,7 +551,7 @@ def _importing(frame: FrameType | None) -> bool:
 
 
 def _interrupted() -> NoReturn:
-    again = shlex.join([_program(), *sys.argv[1:]])
+    again = without_credentials(shlex.join([_program(), *sys.argv[1:]]))
     _end(f"stopped; nothing finished is lost. To go on:\n  {again}", 130)
 
 
@@ -327,7 +591,8 @@ def _front_rows(found: Front, *, whole: bool = False) -> list[dict[str, Any]]:
         params = ", ".join(_said(name, value) for name, value in point["params"].items() if name not in constant)
         knee = index == found.knee and len(found.points) > 1
         rows.append(
-            {"key": point["key"][:length], "trial": point["trial"], "round": point["round"], "n": point["n"]}
+            ({"study": point["study"]} if "study" in point else {})
+            | {"key": point["key"][:length], "trial": point["trial"], "round": point["round"], "n": point["n"]}
             | {name: point[name] for name in shown if name in point}
             | (point["params"] | {"knee": knee} if whole else {"params": params + (" <- knee" if knee else "")})
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.errors import SpecError, UnknownName
+from orchestrator.tasks.groups import GROUP_MEASURES
 from orchestrator.tasks.info import TaskInfo
 
 Direction = Literal["maximise", "minimise"]
@@ -32,6 +33,8 @@ OBJECTIVES: dict[str, Objective] = {
         _built_in("accuracy", "maximise", "on the validation split; a task's other metrics go by their own names"),
         _built_in("loss", "minimise", "mean loss on the validation split"),
         _built_in("worst_class_accuracy", "maximise", "the accuracy of the class that does worst"),
+        _built_in("worst_group_accuracy", "maximise", "the accuracy of the group of Task(groups=...) that does worst"),
+        _built_in("group_gap", "minimise", "the largest difference in accuracy between the labels of one group"),
         _built_in("sparsity", "maximise", "masked fraction of the prunable weights"),
         _built_in("params", "minimise", "non-zero parameters", "nonzero_params"),
         _built_in("flops", "minimise", "2 x MACs at batch 1, each layer by its kept fraction", "flops_effective"),
@@ -40,8 +43,11 @@ OBJECTIVES: dict[str, Objective] = {
     )
 }
 
-NOT_MEASURED = {"unit_sparsity": "single weights are no units that are removed as one; legal: 'sparsity'"}
-"""Measures with a column that nothing fills as long as only single weights are pruned."""
+NOT_MEASURED = {
+    "unit_sparsity": "a dense model and single weights have no units; legal: 'sparsity'",
+    "flops_shrunk": "a model without removed units has none; legal: 'flops'",
+}
+"""Measures with a column that is not filled for every state, so that not all could be compared."""
 
 
 def objectives(names: Sequence[str], info: TaskInfo) -> list[Objective]:
@@ -73,4 +79,6 @@ def objectives(names: Sequence[str], info: TaskInfo) -> list[Objective]:
             raise SpecError(f"objective 'accuracy': the task does not measure it; its metrics: {', '.join(metrics)}")
         if name == "worst_class_accuracy" and info.classes is None:
             raise SpecError("objective 'worst_class_accuracy': the task names no classes; give Task(classes=[...])")
+        if name in GROUP_MEASURES and not info.groups:
+            raise SpecError(f"objective {name!r}: the task names no groups; give Task(groups={{...}})")
     return found

@@ -77,6 +77,7 @@ EVENT_COLUMNS: dict[str, str] = {
     "at": "float",
     "detail": "json",
 }
-"""`event` is one of: tickets (of a trial: its tickets with the keys of their controls), started, ended (a driver); done, failed (a trial); dense failed (the dense model, and with it the
-study); stage failed (one stage, with its traceback); shorter (the first rounds of a trial, told to the sampler as a
-trial of their own); work (one stage that was run or found: epochs, stages, seconds)."""
+"""`event` is one of: started, ended (a driver); done, failed (a trial); tickets (of a trial: its tickets, with the keys
+of their controls); dense failed (the dense model, and with it the study); stage failed (one stage, with its traceback);
+shorter (the first rounds of a trial, told to the sampler as a trial of their own); work (one stage that was run or
+found: epochs, stages, seconds)."""

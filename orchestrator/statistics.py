@@ -6,9 +6,8 @@ over the data weigh every example alike, whatever the batches' sizes, and are su
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, gcd, prod
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.errors import NotFinite, StageFailed
+from orchestrator.measures.flops import plain_kernels
 from orchestrator.pruning.criteria import FROM_DATA
 from orchestrator.registry import Registry
 from orchestrator.tasks.data import Nested, call, tensors, transform
@@ -135,7 +134,7 @@ def hessian_diagonal(source: Source, probes: int) -> dict[str, Tensor]:
             total = [t.addcmul(s, c, value=1 / probes) for t, s, c in zip(total, signs, curved, strict=True)]
         return total
 
-    with _plain_kernels():
+    with plain_kernels():
         return _mean(source, of_batch)
 
 
@@ -146,7 +145,7 @@ def hessian_gradient(source: Source) -> dict[str, Tensor]:
     Half the derivative of the gradient's squared norm. The gradient is that of all batches together, so that it does
     not matter how the examples were cut into batches.
     """
-    with _plain_kernels():
+    with plain_kernels():
         whole = list(gradient(source).values())
 
         def of_batch(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -172,7 +171,7 @@ def hessian_blocks(source: Source, exact_up_to: int, block: int) -> dict[str, Te
         for p, size in zip(parameters, sizes, strict=True)
     ]
     held: list[list[Tensor]] = []
-    with _plain_kernels():
+    with plain_kernels():
         for row in _curved_jacobian(source, parameters):
             held.append(row)
             if len(held) == JACOBIAN_ROWS:
@@ -273,7 +272,7 @@ def synaptic_flow(source: Source) -> dict[str, Tensor]:
             raise StageFailed("SynFlow needs an input of ones: the model takes whole numbers and has no nn.Embedding")
         for embedding in embeddings:
             embedding.register_forward_hook(lambda module, given, output: torch.ones_like(output))
-    with _plain_kernels():
+    with plain_kernels():
         try:
             given = call(model, inputs)
         except torch.OutOfMemoryError:
@@ -324,7 +323,7 @@ def batchnorm_scale(source: Source) -> dict[str, Tensor]:
     for module in source.model.modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(reads)
-    with torch.no_grad(), _plain_kernels():
+    with torch.no_grad(), plain_kernels():
         call(source.model, source.example)
     missing = [name for name in source.names if name not in found]
     if missing:
@@ -384,7 +383,7 @@ def _observe(source: Source, what: str, of: Callable[[_Product], Tensor]) -> dic
     """
     source.parameters()
     observer = _Observer(source, what, of)
-    with torch.no_grad(), _plain_kernels():
+    with torch.no_grad(), plain_kernels():
         for batch in source.batches:
             with observer:
                 if source.task.step is None:
@@ -602,19 +601,3 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(_sum_dtype(tensor))
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Fused kernels off: they cannot be differentiated twice, and hide the products that they are made of."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings():
-            # Setting oneDNN's flags warns of hardware that is not there.
-            warnings.simplefilter("ignore")
-            flags: Callable[..., Any] = torch.backends.mkldnn.flags
-            with flags(enabled=False), torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
-                yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

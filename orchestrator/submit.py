@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import shlex
-import socket
 import tempfile
 import time
 import urllib.error
@@ -23,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.entrypoint import STARTED
 from orchestrator.errors import InputError, OrchardistError
+from orchestrator.pools.ray import CONNECT_SECONDS, refuse_silence
 from orchestrator.store.files import without_credentials
 
 if TYPE_CHECKING:
     from orchestrator.shipping import Shipment
-
-CONNECT_SECONDS = 10.0
 
 START_SECONDS = 90.0
 """How long `submit` waits for the driver to say that it has started."""
@@ -250,7 +248,7 @@ def nodes(address: str, ask: Callable[..., Mapping[str, Any]], *arguments: Any) 
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    _refuse_silence(address)
+    refuse_silence(address)
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -291,17 +289,6 @@ def nodes(address: str, ask: Callable[..., Mapping[str, Any]], *arguments: Any) 
 
 def _seconds() -> float:
     return time.time()
-
-
-def _refuse_silence(address: str) -> None:
-    """Ray tries an address at which nothing answers for minutes; here a connection is tried for seconds, first."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit():
-        return  # "auto", or for Ray to refuse
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(f"no Ray cluster answers at {address}: {error}; legal: auto, HOST:PORT, http://…") from error
 
 
 async def _tail(client: Any, job: str, shown: int, show: Callable[[str], None]) -> tuple[int, bool]:

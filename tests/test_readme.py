@@ -99,9 +99,15 @@ def test_the_results_read_as_shown(desk: Path) -> None:
 
 
 def test_the_study_file_is_a_good_one() -> None:
-    (block,) = blocks("toml")
+    block, *_ = blocks("toml")
     spec = StudySpec.parse(block, "README.md")
     assert Study(spec, "memory://readme").check().layers
+
+
+@pytest.mark.parametrize("part", blocks("toml")[1:], ids=lambda part: part.partition("\n")[0])
+def test_the_parts_of_study_files_are_good_ones(part: str) -> None:
+    spec = StudySpec.parse(f'name = "part"\ntask = "digits"\n{part}')
+    assert spec.check_mixes()
 
 
 def test_the_task_file_is_a_good_one(tmp_path: Path) -> None:

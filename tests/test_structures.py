@@ -335,7 +335,6 @@ def test_ignored_branches_stay(root: Path) -> None:
         ("conv", {"rate": 0.5, "scope": "global"}, {"prune": {"layer_factors": {"0": 0.5}}}, "scope = 'layer'"),
         ("conv", {"structure": "2:4"}, {"prune": {"layer_factors": {"0": 0.5}}}, "keeps as much everywhere"),
         ("conv", {"flops_budget": 0.1}, {"prune": {"ignore": ["3.*"]}}, "flops_budget 0.1 cannot be met"),
-        ("conv", {"structure": "filter", "rate": 0.5, "rounds": 5}, {}, "leaves no filter in layer"),
         (
             "transformer",
             {"structure": "layer", "rate": 0.5, "criterion": "skeletonization"},

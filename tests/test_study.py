@@ -19,6 +19,7 @@ from orchestrator.pools.local import LocalPool
 from orchestrator.pools.protocol import Event, Pool, Reported
 from orchestrator.progress import Silent, Standing
 from orchestrator.store.store import Store
+from orchestrator.study import _changes
 from tests.orchestrator.pools import small
 
 if TYPE_CHECKING:
@@ -404,6 +405,41 @@ def test_another_study_of_the_same_name_is_refused(root: Path, memory: str) -> N
     run(memory, root, trials=2, enqueue=[dict(GROUPS[0])])
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"space": {**small.SPACE, "rate": {"low": 0.2, "high": 0.4, "step": 0.1}}}, "space.rate.high was 0.5 and is now 0.4"),
+        ({"space": {**small.SPACE, "rate": 0.3}}, 'space.rate was {"low": 0.2, "high": 0.5, "step": 0.1} and is now 0.3'),
+        ({"seeds": [0, 1]}, "seeds was [0] and is now [0, 1]"),
+        ({"constraints": {"loss": "< 1"}}, 'constraints.loss was not set and is now "< 1"'),
+        ({"sampler": "grid", "train": {}}, 'sampler was "random" and is now "grid"; train.epochs was 2.0 and is now 10.0; and 3 more'),
+        ({"space": dict(reversed(list(small.SPACE.items())))}, "the order within [space]"),
+    ],
+)  # fmt: skip
+def test_what_makes_it_another_study_is_said(change: Mapping[str, Any], says: str, root: Path, memory: str) -> None:
+    run(memory, root, trials=1)
+    with pytest.raises(SpecError) as caught:
+        run(memory, root, trials=1, **change)
+    first, second = str(caught.value).splitlines()
+    assert f"from another study file: {says}" in first
+    assert second == "legal: another name, or change only trials and [[enqueue]]"
+
+
+def test_an_integer_and_a_float_make_different_ranges() -> None:
+    assert list(_changes({"space": {"lr": {"high": 1}}}, {"space": {"lr": {"high": 1.0}}})) == [
+        "space.lr.high was 1 and is now 1.0"
+    ]
+    (long,) = _changes({"seeds": []}, {"seeds": list(range(100))})
+    assert long.endswith("15, 16, 1…") and len(long) < 100
+
+
+def test_an_earlier_study_file_that_cannot_be_read_any_more(root: Path, memory: str) -> None:
+    study, _ = run(memory, root, trials=1)
+    study.store.files.write("studies/small/study.toml", b'name = "small"\ntask = "my_task.py"\nflavour = "sour"\n')
+    with pytest.raises(SpecError, match="the stored one cannot be read any more .*'flavour'"):
+        run(memory, root, trials=1, seeds=[1])
+
+
 def test_a_study_that_is_being_run_is_refused(root: Path, tmp_path: Path) -> None:
     from orchestrator.store.lease import acquire, this_process
 
@@ -535,3 +571,9 @@ def test_a_changed_criterion_is_a_changed_study(root: Path, memory: str) -> None
         run(memory, root, trials=1, space=space)
     run_again = Study(small.spec(trials=1, space=space), memory, root=root)
     assert run_again.run(LocalPool(), accept_task_change=True).done == 1
+
+
+def test_outcomes_come_as_a_data_frame(reference: Study) -> None:
+    frame = reference.to_pandas()
+    assert list(frame["key"]) == reference.table()["key"].to_pylist()
+    assert {"trial", "round", "accuracy", "sparsity", "bytes", "params"} <= set(frame.columns)

@@ -99,7 +99,7 @@ class RayPool:
         import ray
 
         if address is not None:
-            _refuse_silence(address)
+            refuse_silence(address)
         self._started = not ray.is_initialized()
         if self._started:
             with _own_sigterm():
@@ -285,6 +285,10 @@ def _start(ray: Any, workers: int | None, address: str | None) -> None:
     if address is not None:
         try:
             ray.init(address=address, **quiet)
+        except ray.exceptions.AuthenticationError as error:
+            raise InputError(
+                f"the Ray cluster at {address!r} wants a token: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the head's"
+            ) from error
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise InputError(f"no Ray cluster at {address!r}: {str(error).strip().partition(chr(10))[0]}") from error
         return
@@ -305,7 +309,7 @@ def _refuse_no_room(workers: int, room: int, gpus_per_worker: float, resources: 
         raise InputError(f"no room for {wanted}: there are {there}; legal: up to {room} workers")
 
 
-def _refuse_silence(address: str) -> None:
+def refuse_silence(address: str) -> None:
     """Ray tries an address at which nothing answers for minutes; here a connection is tried for seconds, first."""
     if "://" in address:
         raise InputError(f"--address {address}: a cluster is joined from one of its nodes; legal: auto, HOST:PORT")

@@ -213,13 +213,15 @@ def given(op: Prune, tensors: Tensors, drop: int) -> dict[str, Fraction]:
     targets = {name: exact(target) for name, target in op.targets}
     sizes = {name: prod(shape) for name, shape in tensors.shapes.items()}
     named = {
-        name: min(Fraction(tensors.kept[name]), sizes[name] * (1 - targets[name]))
+        name: Fraction(min(tensors.kept[name], rounded_half_up(sizes[name] * (1 - targets[name]))))
         for name in _free(op, tensors)
         if name in targets
     }
-    rest = drop - sum(tensors.kept[name] - kept for name, kept in named.items())
+    rest = drop - sum((tensors.kept[name] - kept for name, kept in named.items()), Fraction(0))
     others = {name: tensors.kept[name] for name in _free(op, tensors) if name not in named}
     left = sum(others.values())
+    if not others and abs(rest) <= len(named):
+        rest = Fraction(0)  # each layer comes to a whole number of weights, and all together only nearly
     if rest < 0 or rest > left:
         raise PlanError(f"the layers' own targets cannot come to an overall sparsity of {op.sparsity}")
     shared = {name: kept - Fraction(rest * kept, max(1, left)) for name, kept in others.items()}

@@ -17,7 +17,7 @@ import torch
 
 from orchestrator.errors import InputError, QueryError, TaskError
 from orchestrator.measures.accuracy import group_measure
-from orchestrator.outcome import DENSE_TRIAL
+from orchestrator.outcome import CONTROL_TRIAL, DENSE_TRIAL
 from orchestrator.responsible import regression
 from orchestrator.responsible.across import across_seeds, minority_contrast
 from orchestrator.responsible.answers import (
@@ -162,6 +162,7 @@ class _Record:
         names = ["key", "trial", "round", "seed", "sparsity", "task_digest", "finished_at", column, "metrics"]
         digest = self.loaded.info.digest
         rows = self.study.store.table(self.study.spec.name, "outcomes", names).to_pylist()
+        rows = [row for row in rows if row["trial"] != CONTROL_TRIAL]
         rows.sort(key=lambda row: row["finished_at"] or 0.0)
         others = sum(row["task_digest"] != digest for row in rows)
         if rows and others == len(rows):

@@ -88,7 +88,7 @@ def test_from_a_study_file_to_a_model(place: Path, shell: Shell) -> None:
     assert status["epochs"]["run"] <= status["epochs"]["asked"] and status["stages"]["run"] <= status["stages"]["asked"]
 
     front = shell.json("front", "study.toml")
-    assert set(front) == {"study", "objectives", "dense", "front"}
+    assert set(front) == {"study", "objectives", "dense", "hypervolume", "front"}
     assert front["objectives"] == ["accuracy", "sparsity"] and front["dense"]["sparsity"] == 0
     for point in front["front"]:
         assert point["key"] in point["keys"] and point["n"] == 1 and point["round"] >= 1
@@ -132,6 +132,46 @@ def test_where_and_minimise(place: Path, shell: Shell) -> None:
     assert thin["sparsity"] <= min(point["sparsity"] for point in every)
 
 
+def test_one_front_over_two_studies(place: Path, shell: Shell) -> None:
+    (place / "other.toml").write_text(STUDY.replace('name = "small"', 'name = "other"'))
+    for file in ("study.toml", "other.toml"):
+        shell("run", file, "--local")
+    one, two, both = (shell.json("front", *names) for names in (["small"], ["other"], ["small", "other"]))
+    assert both["study"] == "small, other" and {point["study"] for point in both["front"]} == {"small", "other"}
+    assert {point["key"] for point in both["front"]} <= {point["key"] for point in one["front"] + two["front"]}
+    assert shell("front", "small", "other", "--where", "sparsity >= 0.2").out.startswith("study")
+    for arguments, complaint in (
+        (["--where", "accuracy > 2"], "the nearest"),
+        (["--plot", "front.png"], "--plot draws one study"),
+    ):
+        done = shell("front", "small", "other", *arguments)
+        assert done.code == 2 and complaint in done.err and len(done.err.strip().splitlines()) == 1
+    (place / "my_task.py").write_text((place / "my_task.py").read_text().replace("nn.ReLU()", "nn.Tanh()"))
+    (place / "third.toml").write_text(STUDY.replace('name = "small"', 'name = "third"'))
+    shell("run", "third.toml", "--local")
+    done = shell("front", "small", "third")
+    assert done.code == 2 and "the studies small, third are of different tasks" in done.err
+
+
+def test_a_model_is_fetched_as_a_graph_and_measured_again(place: Path, shell: Shell) -> None:
+    shell("run", "study.toml", "--local")
+    done = shell("fetch", "small", "-o", "out", "--format", "safetensors,pt2")
+    assert done.code == 0 and "model.pt2" in done.out and "No speed-up on this device" in done.out
+    assert done.out.splitlines()[-1] == "In Python: orchestrator.load('out')"
+    card = json.loads((place / "out" / "card.json").read_text())
+    again = shell.json("measure", "out", "--task", "my_task.py", "--device", "cpu", "--threads", "2")
+    assert {entry["threads"] for entry in again["latency"]} == {2} and again["pt2"] <= 1e-5
+    after = json.loads((place / "out" / "card.json").read_text())
+    assert after["latency"] == card["latency"] + again["latency"]
+    done = shell("measure", "out", "--task", "my_task.py", "--device", "cpu")
+    assert done.code == 0 and "dense / pruned" in done.out and "1 thread" in done.out
+    done = shell("measure", "out", "--device", "cpu")
+    assert done.code == 2 and "a model of your own task" in done.err
+    (place / "out" / "model.pt2").write_bytes(b"else")
+    done = shell("measure", "out", "--task", "my_task.py", "--device", "cpu")
+    assert done.code == 2 and "its hash differs from the card's" in done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -140,7 +180,14 @@ def test_where_and_minimise(place: Path, shell: Shell) -> None:
         (["front", "small", "--where", "beauty > 1"], "unknown measure 'beauty'"),
         (["front", "small", "--where", "accuracy > 1"], "no point keeps accuracy > 1.0; the nearest"),
         (["front", "small", "--minimise", "latency_ms"], "was not measured"),
+        (["front", "small", "--where", "test_accuracy > 0"], "'test_accuracy' cannot choose a model"),
+        (["fetch", "small", "--where", "test_loss < 1", "-o", "out"], "legal: 'loss'"),
+        (["fetch", "small", "--minimise", "test_loss", "-o", "out"], "only ever reported"),
         (["fetch", "small", "0123456789", "-o", "out"], "no state '0123456789'"),
+        (["fetch", "small", "--format", "jax", "-o", "out"], "legal: safetensors, pt2, onnx, json"),
+        (["measure", "nowhere"], "nowhere holds no fetched model"),
+        (["measure", "nowhere", "--device", "tpu"], "device 'tpu' is unknown; legal: cpu, cuda"),
+        (["front", "small", "--where", "latency_ms < 2"], "'latency_ms' was not measured in the study 'small'"),
         (["fetch", "small", "0", "--where", "accuracy > 0", "-o", "out"], "a KEY names one model"),
         (["status", "../small"], "1 to 100 of the characters"),
         (["run", "absent.toml", "--local"], "cannot read the study file 'absent.toml'"),
@@ -169,6 +216,7 @@ def test_wrong_arguments(arguments: Sequence[str], complaint: str, place: Path, 
         ("low = 1, high = 3", "low = 30, high = 30", "leaves no weight"),
         ("[train]", 'objectives = ["beauty"]\n[train]', "unknown objective 'beauty'"),
         ("[train]", "[[enqueue]]\nrate = 0.7\n[train]", "0.7"),
+        ("[train]", '[constraints]\nbeauty = "> 1"\n[train]', "unknown measure in [constraints] 'beauty'"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "check"])
@@ -178,6 +226,7 @@ def test_wrong_studies(command: str, old: str, new: str, complaint: str, place: 
     done = shell(command, "study.toml", *(["--local"] if command == "run" else []))
     assert done.code == 2 and done.out == ""
     assert complaint in done.err and len(done.err.splitlines()) <= 2
+    assert done.err.startswith(("study.toml: ", "task '")), "it says which file, or which task"
     assert not list((place / "orchard").glob("studies/*/study.*"))
 
 
@@ -185,7 +234,10 @@ def test_another_study_a_changed_task_and_a_store_that_is_a_file(place: Path, sh
     assert shell("run", "study.toml", "--local").code == 0
     (place / "study.toml").write_text(STUDY.replace("lr = 0.05", "lr = 0.01"))
     done = shell("run", "study.toml", "--local")
-    assert done.code == 2 and "another study file" in done.err
+    assert done.code == 2 and done.err == (
+        "study.toml: the study 'small' in the store ./orchard was made from another study file: "
+        "train.lr was 0.05 and is now 0.01\nlegal: another name, or change only trials and [[enqueue]]\n"
+    )
     (place / "study.toml").write_text(STUDY)
     (place / "blobs.py").write_text(small.BLOBS + "\n\nmore = 1\n")
     done = shell("run", "study.toml", "--local")

@@ -11,13 +11,20 @@ from orchestrator.errors import UnknownName
 from orchestrator.optimizers import OPTIMIZERS
 from orchestrator.pruning.allocation import ALLOCATIONS, SCOPES
 from orchestrator.pruning.criteria import CRITERIA
+from orchestrator.pruning.penalties import PENALTIES
+from orchestrator.pruning.regrow import REGROW
 from orchestrator.pruning.schedules import SCHEDULES
+from orchestrator.pruning.structure import NORMS
 from orchestrator.registry import Registry
 from orchestrator.settings import Optimizer
+from orchestrator.statistics import STATISTICS
 from orchestrator.tasks.metrics import METRICS
 from tests.contracts.registry import REGISTRY_CHECKS
 
-REGISTRIES: list[Registry[Any]] = [CRITERIA, SCOPES, ALLOCATIONS, SCHEDULES, OPTIMIZERS, METRICS]
+REGISTRIES: list[Registry[Any]] = [
+    *[CRITERIA, SCOPES, ALLOCATIONS, SCHEDULES, NORMS, PENALTIES, REGROW, STATISTICS],
+    *[OPTIMIZERS, METRICS],
+]
 
 
 @pytest.mark.parametrize("check", REGISTRY_CHECKS, ids=lambda check: str(check.__name__))

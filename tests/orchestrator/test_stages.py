@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from orchestrator.errors import StageFailed
 from orchestrator.narrowing import Narrowable
-from orchestrator.ops import Init, Prune, Recipe, Rewind, Train
+from orchestrator.ops import SHRUNK, Gather, Init, Prune, Recalibrate, Recipe, Regrow, Rewind, Train
 from orchestrator.pruning.masks import index_hashes
 from orchestrator.seeds import derive
 from orchestrator.stages import Stages, copies_truly, rewind
@@ -48,6 +50,11 @@ def train(to: int, **given: Any) -> Train:
 
 def prune(**given: Any) -> Prune:
     return Prune(**{"criterion": "magnitude", "scope": "global", "rate": 0.5, **given})
+
+
+def gradients(room: Stages, state: State, **given: Any) -> dict[str, Tensor]:
+    op = Gather(**{"what": ("gradient",), "examples": 1024, "seed": 0, "round": 1, **given})
+    return {name.removeprefix("gradient/"): tensor for name, tensor in room.run(op, [state]).gathered.items()}
 
 
 def equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -186,7 +193,7 @@ def test_taylor_is_the_change_of_the_loss_to_first_order() -> None:
 
     room = stages(model=build, train=(X.double(), Y), valid=(X.double(), Y))
     state = room.run(Init(seed=0), [])
-    gradients = room._gradient(prune(criterion="taylor", seed=0, round=1), state)
+    found = gradients(room, state)
     model = room.model()
 
     def loss(weights: Mapping[str, Tensor]) -> float:
@@ -203,9 +210,7 @@ def test_taylor_is_the_change_of_the_loss_to_first_order() -> None:
                 moved[name].view(-1)[index] -= step * weight
                 ends.append(loss(moved))
             change = (ends[0] - ends[1]) / 2e-5
-            assert abs(weight * float(gradients[name].view(-1)[index])) == pytest.approx(
-                abs(change), rel=1e-4, abs=1e-9
-            )
+            assert abs(weight * float(found[name].view(-1)[index])) == pytest.approx(abs(change), rel=1e-4, abs=1e-9)
 
 
 class Augmented(Dataset[Any]):
@@ -222,21 +227,17 @@ def test_taylor_draws_its_examples_by_seed_and_round() -> None:
     room = stages(train=Augmented())
     state = room.run(Init(seed=0), [])
 
-    def gradients(**given: Any) -> Mapping[str, Tensor]:
-        op = prune(**{"criterion": "taylor", "seed": 0, "round": 1, "parameters": (("examples", 5),), **given})
-        return room._gradient(op, state)
-
     torch.manual_seed(1)
     random.seed(1)
     before = torch.get_rng_state()
-    first = gradients()
+    first = gradients(room, state, examples=5)
     assert torch.equal(before, torch.get_rng_state())
     random.seed(2)
     np.random.seed(2)
     torch.manual_seed(2)
-    assert equal(first, gradients())
-    assert not equal(first, gradients(seed=1))
-    assert not equal(first, gradients(round=2))
+    assert equal(first, gradients(room, state, examples=5))
+    assert not equal(first, gradients(room, state, examples=5, seed=1))
+    assert not equal(first, gradients(room, state, examples=5, round=2))
 
 
 def test_examples_of_a_batch_function() -> None:
@@ -271,8 +272,7 @@ def test_attention_projections_and_tied_weights_are_pruned_once() -> None:
     model: Any = room.model_of(state)
     assert model.out.weight is model.embed.weight
     assert torch.equal(model.out.weight, state.weights["embed.weight"])
-    op = prune(criterion="taylor", seed=0, round=1)
-    assert set(room._gradient(op, state)) >= set(room.prunable)
+    assert gradients(room, state).keys() == set(room.prunable)
 
 
 class Closure(nn.Module):
@@ -415,3 +415,107 @@ def test_global_ties_are_spread_over_layers() -> None:
     assert int(kept.sum()) == 36
     assert 9 < int(masks["0.weight"].sum()) < 27
     assert hashes[kept].max() < hashes[~kept].min()
+
+
+def test_statistics_are_of_the_training_data_alone() -> None:
+    other = stages(valid=(X + 100, Y), test=(X - 100, Y))
+    room = stages()
+    state = room.run(Init(seed=0), [])
+    for what in ("gradient", "activation", "input_norm"):
+        op = Gather(what=(what,), examples=7, seed=0, round=1)
+        assert equal(room.run(op, [state]).gathered, other.run(op, [state]).gathered)
+
+
+def test_a_criterion_without_what_it_needs_is_refused() -> None:
+    room = stages()
+    state = room.run(Init(seed=0), [])
+    with pytest.raises(StageFailed, match="needs 'movement', which the training before this pruning did not gather"):
+        room.run(prune(criterion="movement"), [state])
+
+
+def test_movement_is_gathered_on_the_way_to_the_pruning() -> None:
+    room = stages()
+    gathering = replace(RECIPE, gather=("movement",))
+    trained = room.run(train(EPOCH, recipe=gathering), [room.run(Init(seed=0), [])])
+    pruned = room.run(prune(criterion="movement"), [trained])
+    sums = torch.cat([trained.gathered[f"movement/{name}"].flatten() for name in room.prunable])
+    kept = torch.cat([pruned.masks[name].flatten() for name in room.prunable])
+    assert sums[kept].min() >= sums[~kept].max()
+
+
+@pytest.mark.parametrize("by", ["set", "rigl"])
+def test_regrowing_keeps_the_count_and_grows_zeros(by: str) -> None:
+    room = stages()
+    pruned = room.run(prune(scope="layer"), [room.run(Init(seed=0), [])])
+    state = room.run(train(EPOCH), [pruned])
+    given = room.run(Gather(what=("gradient",), examples=24, seed=0, round=1), [state])
+    parents = [state, given] if by == "rigl" else [state]
+    after = room.run(Regrow(by=by, fraction=0.5, seed=0, round=1), parents)
+    for name in room.prunable:
+        assert int(after.masks[name].sum()) == int(state.masks[name].sum())
+        grown = after.masks[name] & ~state.masks[name]
+        assert grown.any()
+        assert not after.weights[name][grown].any()
+        assert not after.optimizer[f"exp_avg/{name}"][grown | ~after.masks[name]].any()
+        if by == "rigl":
+            slopes = given.gathered[f"gradient/{name}"].abs()
+            assert slopes[grown].min() >= slopes[~after.masks[name] & ~state.masks[name]].max()
+
+
+def test_opened_masks_are_trained_from_zero() -> None:
+    room = stages()
+    pruned = room.run(prune(), [room.run(Init(seed=0), [])])
+    opened = room.run(Regrow(by="all", fraction=1.0, factors=(("4.weight", 0.0),)), [pruned])
+    assert opened.masks["0.weight"].all()
+    assert torch.equal(opened.masks["4.weight"], pruned.masks["4.weight"]), "protected"
+    assert equal(opened.weights, pruned.weights)
+    trained = room.run(train(3), [opened])
+    assert trained.weights["0.weight"][~pruned.masks["0.weight"]].any()
+
+
+def test_recalibration_gives_the_statistics_of_the_pruned_model() -> None:
+    room = stages()
+    pruned = room.run(prune(rate=0.8), [room.run(train(3 * EPOCH), [room.run(Init(seed=0), [])])])
+    after = room.run(Recalibrate(examples=24, seed=0), [pruned])
+    hidden = F.linear(X, pruned.weights["0.weight"], pruned.weights["0.bias"])
+    assert torch.allclose(after.weights["1.running_mean"], hidden.mean(0), atol=1e-6)
+    assert torch.allclose(after.weights["1.running_var"], hidden.var(0), atol=1e-6)
+    assert not torch.allclose(pruned.weights["1.running_mean"], hidden.mean(0), atol=1e-2)
+    assert equal(after.masks, pruned.masks)
+    assert equal(after.optimizer, pruned.optimizer)
+    same = {name for name, tensor in after.weights.items() if torch.equal(tensor, pruned.weights[name])}
+    assert same == {name for name in after.weights if not name.startswith("1.") or name in ("1.weight", "1.bias")}
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3))
+
+
+def test_units_go_with_everything_that_makes_or_reads_them() -> None:
+    room = stages(model=wide)
+    pruned = room.run(prune(structure="neuron", scope="layer"), [room.run(Init(seed=0), [])])
+    gone = ~pruned.masks["0.weight"].any(1)
+    assert int(gone.sum()) == 4
+    for name in ("0.weight", "0.bias", "1.weight", "1.bias"):
+        assert torch.equal(~pruned.masks[name].reshape(8, -1).any(1), gone)
+    assert torch.equal(~pruned.masks["3.weight"].any(0), gone)
+    assert pruned.masks["5.weight"].any(1).all(), "the outputs stay"
+    assert pruned.remarks["units"] == [8, 15] or pruned.remarks["units"] == [7, 15]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_training_the_shrunk_model_is_training_the_masked_one(optimizer: str) -> None:
+    room = stages(model=lambda: wide().double(), train=(X.double(), Y), valid=(X.double(), Y))
+    recipe = replace(RECIPE, optimizer=optimizer, momentum=0.9 if optimizer == "sgd" else 0.0)
+    trained = room.run(train(EPOCH, recipe=recipe), [room.run(Init(seed=0), [])])
+    pruned = room.run(prune(structure="neuron", scope="layer"), [trained])
+    masked = room.run(train(3 * EPOCH, recipe=recipe), [pruned])
+    small = replace(recipe, arithmetic=recipe.arithmetic + SHRUNK)
+    shrunk = room.run(train(3 * EPOCH, recipe=small), [pruned])
+    assert shrunk.weights.keys() == masked.weights.keys()
+    assert shrunk.optimizer.keys() == masked.optimizer.keys()
+    assert equal(shrunk.masks, masked.masks)
+    for name, tensor in masked.weights.items():
+        if not name.startswith("1.running"):  # of a unit that is gone nobody keeps figures
+            assert torch.allclose(shrunk.weights[name].double(), tensor.double(), atol=1e-9), name
+    assert all(torch.allclose(shrunk.optimizer[name], moment, atol=1e-9) for name, moment in masked.optimizer.items())

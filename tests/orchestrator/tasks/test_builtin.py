@@ -123,6 +123,15 @@ def test_digits_in_28_have_a_margin_of_four() -> None:
     assert images[:, 4].max() > 0
 
 
+def test_rare_digits_are_rare_in_training_alone() -> None:
+    whole, thinned = digits.task(), digits.task(minority=[8, 9], minority_share=0.1)
+    rows = [torch.bincount(task.train[1]).tolist() for task in (whole, thinned)]
+    assert rows[1][:8] == rows[0][:8]
+    assert rows[1][8:] == [round(0.1 * count) for count in rows[0][8:]] == [12, 13]
+    assert torch.equal(whole.valid[0], thinned.valid[0]) and torch.equal(whole.test[1], thinned.test[1])
+    assert torch.equal(digits.task(minority=[3], minority_share=1.0).train[0], whole.train[0])
+
+
 @pytest.mark.parametrize(
     ("task", "params", "said"),
     [
@@ -136,6 +145,14 @@ def test_digits_in_28_have_a_margin_of_four() -> None:
         (mnist.task, {"hidden": 3.5}, "task 'mnist': hidden = 3.5 is not a positive whole number"),
         (mnist.task, {"hidden": True}, "task 'mnist': hidden = True is not a positive whole number"),
         (digits.task, {"size": 16}, "task 'digits': size = 16 is not one of 8, 28"),
+        (digits.task, {"minority": [10]}, "task 'digits': minority = 10 is not one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        (digits.task, {"minority": [8, 8]}, "task 'digits': minority = [8, 8] is not a list of different digits"),
+        (digits.task, {"minority": 8}, "task 'digits': minority = 8 is not a list of different digits"),
+        (
+            digits.task,
+            {"minority": [8], "minority_share": 0},
+            "task 'digits': minority_share = 0 is not a number above 0 and up to 1",
+        ),
         (digits.task, {"model": "lenet-conv"}, "task 'digits': model = 'lenet-conv' needs size = 28, not 8"),
         (mnist1d.task, {"hidden2": -1}, "task 'mnist1d': hidden2 = -1 is not a positive whole number"),
         (
