@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from math import isnan
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import save
 from torch import nn
 
 from orchestrator.errors import NotFinite
@@ -54,7 +55,7 @@ def measure(
         "flops": counted.total,
         "flops_effective": effective,
         "theoretical_speedup": size.theoretical_speedup(counted.total, effective),
-        "bytes": len(to_bytes(state.without_optimizer())),
+        "bytes": _file_bytes(state.without_optimizer()),
     }
     timed = model
     if remarks is not None:
@@ -69,6 +70,11 @@ def measure(
         found["latency_ms"] = median_ms(timed, stages.example)
     columns = {name: value for name, value in found.items() if name in OUTCOME_COLUMNS}
     return columns | {"metrics": {name: value for name, value in found.items() if name not in OUTCOME_COLUMNS}}
+
+
+def _file_bytes(state: State) -> int:
+    """The smaller of the two files that are fetched: with masks and kept values, or with zeros in full."""
+    return min(len(to_bytes(state)), len(save(dict(state.weights))))
 
 
 def _shrunk(stages: Stages, state: State, found: dict[str, Any]) -> nn.Module | None:
@@ -86,7 +92,7 @@ def _shrunk(stages: Stages, state: State, found: dict[str, Any]) -> nn.Module | 
         masks={name: mask for name, mask in narrow(state.masks, shrunk.kept).items() if not mask.all()},
     )
     found["flops_shrunk"] = flops.count(shrunk.model, stages.example).total
-    found["bytes"] = min(found["bytes"], len(to_bytes(small)))
+    found["bytes"] = min(found["bytes"], _file_bytes(small))
     return shrunk.model
 
 

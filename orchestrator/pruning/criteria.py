@@ -52,7 +52,7 @@ EXAMPLES = 1024
 
 FROM_DATA: dict[str, dict[str, int]] = {
     "gradient": {"examples": EXAMPLES},
-    "hessian_diagonal": {"examples": 256, "probes": 16},
+    "hessian_diagonal": {"examples": 256, "probes": 128},
     "hessian_gradient": {"examples": 256},
     "hessian_blocks": {"examples": 256, "exact_up_to": 2048, "block": 64},
     "input_norm": {"examples": EXAMPLES},
@@ -111,8 +111,9 @@ def taylor(weight: Tensor, gradient: Tensor) -> Tensor:
 
 @criterion("obd", needs="hessian_diagonal", norm="sum", paper="LeCun et al., 1990")
 def obd(weight: Tensor, hessian_diagonal: Tensor) -> Tensor:
-    """Optimal Brain Damage: second-order change in loss by the Hessian's diagonal, ½·h·w² (LeCun et al., 1990)."""
-    return hessian_diagonal * weight.square() / 2
+    """Optimal Brain Damage: second-order change in loss by the Hessian's diagonal, ½·|h|·w² (LeCun et al., 1990)."""
+    # At a minimum h is not negative: what is below zero here is the noise of its estimate.
+    return hessian_diagonal.abs() * weight.square() / 2
 
 
 @criterion("obs", needs="hessian_blocks", norm="sum", compensate=_surgeon, paper="Hassibi & Stork, 1993")

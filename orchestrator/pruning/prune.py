@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.errors import NotFinite, StageFailed
+from orchestrator.errors import NotFinite, OrchardistError, StageFailed
 from orchestrator.ops import Prune
 from orchestrator.pruning.allocation import Tensors
 from orchestrator.pruning.budget import Costs, goal
@@ -106,12 +106,11 @@ def score(op: Prune, weights: Mapping[str, Tensor], supplied: Mapping[str, Mappi
 
     Criteria are handed copies in single precision or better: they may write on them, and halves would tie.
     """
-    entry = CRITERIA[op.criterion]
     own = _own(op)
     scores = {}
     for name, weight in weights.items():
         given = {need: _copied(values[name]) for need, values in supplied.items()}
-        found = entry.function(_copied(weight), **given, **own)
+        found = _called(op, name, _copied(weight), given | own)
         if not isinstance(found, Tensor) or found.is_complex():
             kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
             raise StageFailed(f"criterion {op.criterion!r} returned {kind} for {name!r}, not a tensor of real numbers")
@@ -242,6 +241,16 @@ def _remarks(op: Prune, counts: Tensors, chosen: Chosen) -> dict[str, Any]:
         others = sum(kept for name, kept in counts.kept.items() if name not in chosen.kept)
         remarks["units"] = [others + sum(map(count, chosen.kept.values())), counts.total]
     return remarks
+
+
+def _called(op: Prune, name: str, weight: Tensor, given: Mapping[str, Any]) -> Any:
+    try:
+        return CRITERIA[op.criterion].function(weight, **given)
+    except (MemoryError, torch.OutOfMemoryError, OrchardistError):
+        raise
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0]
+        raise StageFailed(f"criterion {op.criterion!r} raised {type(error).__name__} for {name!r}: {said}") from error
 
 
 def _own(op: Prune) -> dict[str, Any]:

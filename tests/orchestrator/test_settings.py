@@ -106,7 +106,12 @@ def test_during_is_the_middle_half_unless_said(epochs: float) -> None:
         ({}, {}, {"sparsity": 0.5, "scope": "global", "allocation": "erk"}, "for scope 'layer'"),
         ({}, {}, {"sparsity": 0.5, "allocation": "given"}, "go together"),
         ({}, {}, {"sparsity": 0.5, "layers.a.sparsity": 0.5}, "go together"),
-        ({}, {}, {"threshold": 0.5, "layers.a.rate": 0.5}, "layers.a.rate: per-layer targets go with rate or a final sparsity"),
+        (
+            {},
+            {},
+            {"threshold": 0.5, "layers.a.rate": 0.5},
+            "layers.a.rate: per-layer targets go with rate or a final sparsity",
+        ),
         ({}, {}, {"layers.a.sparsity": 0.5}, "the study prunes by rate; legal here: layers.a.rate"),
         ({}, {}, {"layers.a.rate": 1}, "layers.a.rate = 1 must be a number from 0 to below 1"),
         ({}, {}, {"layers.a.rate": "half"}, "layers.a.rate = 'half' must be a number"),
