@@ -13,7 +13,7 @@ from orchestrator.pruning import criteria, schedules
 from orchestrator.pruning.allocation import Tensors, by_group, counts
 from orchestrator.pruning.patterns import UNITS, block_count, block_size, fits, n_of_m
 from orchestrator.settings import FINAL, Choices, Settings
-from orchestrator.tasks.info import TaskInfo, matches
+from orchestrator.tasks.info import Layer, TaskInfo, matches
 
 
 def prune_ops(settings: Settings, info: TaskInfo, *, seed: int, count: int) -> list[Prune]:
@@ -83,15 +83,27 @@ def _refuse_unfit(settings: Settings, factors: Mapping[str, float], info: TaskIn
             raise PlanError(
                 f"every {structure} that can be removed lies in a layer that is ignored; there are: {', '.join(groups)}"
             )
-    # Units take along what reads them, be it protected: how little that leaves shows when they are chosen.
-    if settings.choices.flops_budget is not None and info.flops and structure not in UNITS:
-        fixed = sum(work for name, work in info.flops.items() if name not in {layer.name for layer in free})
-        least = fixed / sum(info.flops.values())
-        if settings.choices.flops_budget < least:
-            raise PlanError(
-                f"flops_budget {settings.choices.flops_budget:g} cannot be met: what is never pruned takes {least:.3g} "
-                "of the FLOPs; legal: more than that"
-            )
+    block = block_size(structure)
+    if block is not None and all(block_count(layer.shape, *block) == 1 for layer in free):
+        raise PlanError(f"structure {structure!r} fits no layer: every layer is a single block; legal: smaller blocks")
+    if structure not in UNITS:  # these take along what reads them: how little that leaves shows when they are chosen
+        _refuse_budget("flops_budget", settings.choices.flops_budget, info.flops, free)
+        others = {"": info.parameters - sum(layer.size for layer in info.layers)}
+        weights = {layer.name: layer.size for layer in info.layers} | others if info.parameters else {}
+        _refuse_budget("params_budget", settings.choices.params_budget, weights, free)
+
+
+def _refuse_budget(name: str, budget: float | None, costs: Mapping[str, int], free: Sequence[Layer]) -> None:
+    """Refuse a budget below what is never pruned."""
+    if budget is None or not costs:
+        return
+    least = 1 - sum(costs.get(layer.name, 0) for layer in free) / sum(costs.values())
+    if budget < least:
+        what = "FLOPs" if name == "flops_budget" else "parameters"
+        raise PlanError(
+            f"{name} {budget:g} cannot be met: what is never pruned takes {least:.3g} of the {what}; "
+            "legal: more than that"
+        )
 
 
 def _why(info: TaskInfo, structure: str) -> str:

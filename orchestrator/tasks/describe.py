@@ -49,6 +49,7 @@ def describe(loaded: LoadedTask) -> TaskInfo:
         digest=digest,
         layers=layers,
         train_examples=0 if isinstance(loaded.train, Batches) else len(loaded.train),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         valid_examples=len(loaded.valid),
         test_examples=0 if loaded.test is None else len(loaded.test),
         batches_per_epoch=batches,

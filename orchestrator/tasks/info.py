@@ -78,6 +78,8 @@ class TaskInfo:
     comes_trained: bool = False
     init_varies: bool = True
     """Whether untrained weights differ from seed to seed."""
+    parameters: int = 0
+    """All of the model's, prunable or not; 0 where that is not known."""
     units: Mapping[str, UnitCounts] = field(default_factory=dict)
     """By structure, for those that the study names."""
     flops: Mapping[str, int] = field(default_factory=dict)

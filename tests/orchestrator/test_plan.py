@@ -424,3 +424,19 @@ def test_reinit_wants_weights_that_vary() -> None:
     fixed = replace(INFO, init_varies=False)
     with pytest.raises(PlanError, match="the same ones under every seed; legal with it: a Task with fresh"):
         trial_plan(chosen(rate=0.5, retrain="reinit"), 0, fixed)
+
+
+def test_a_budget_below_what_is_never_pruned_is_refused() -> None:
+    info = replace(INFO, parameters=200)  # of which 100 are prunable
+    assert trial(info=info, params_budget=0.6)
+    with pytest.raises(
+        PlanError, match=r"^params_budget 0.4 cannot be met: what is never pruned takes 0.5 of the param"
+    ):
+        trial(info=info, params_budget=0.4)
+    with pytest.raises(PlanError, match=r"takes 0.6 of the parameters; legal: more than that$"):
+        trial({"ignore": ["conv.0"]}, info=info, params_budget=0.55)
+
+
+def test_a_block_as_large_as_every_layer_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"^structure '50x50' fits no layer: every layer is a single block"):
+        trial(structure="50x50", rate=0.5)

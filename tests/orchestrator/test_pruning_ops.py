@@ -123,6 +123,7 @@ def test_opened_masks_start_anew() -> None:
         ({"layer_factors": {"a": 0.5}}, {"structure": "2:3"}, "keeps as much everywhere"),
         ({"ignore": ["b"]}, {"flops_budget": 0.5}, "flops_budget 0.5 cannot be met: what is never pruned takes 0.533"),
         ({"ignore": ["b"]}, {"flops_budget": 0.54}, ""),
+        ({"ignore": ["b"]}, {"params_budget": 0.01}, ""),
         ({"ignore": ["c"]}, {"flops_budget": 0.1, "structure": "neuron"}, ""),
         ({}, {"structure": "neuron", "rate": 0.5, "rounds": 4}, ""),
         ({}, {"structure": "neuron", "unit_sparsity": 0.95}, ""),
