@@ -61,7 +61,7 @@ def test_the_files_agree_with_each_other_and_with_the_card(study: Study, tmp_pat
     assert all(not weights[name][mask == 0].any() for name, mask in masks.items())
     kept = {name: [int(mask.sum()), mask.numel()] for name, mask in masks.items()}
     assert kept == card["layers"] == point["layers"]
-    pruned = 1 - sum(left for left, _ in kept.values()) / sum(of for _, of in kept.values())
+    pruned = sum(of - left for left, of in kept.values()) / sum(of for _, of in kept.values())
     assert card["measures"]["sparsity"] == pytest.approx(pruned, abs=0)
     assert card["bytes"]["packed"] == (folder / "packed.safetensors").stat().st_size == point["bytes"]
     lineage = {entry["key"]: entry for entry in card["lineage"]}
