@@ -63,7 +63,9 @@ def test_the_files_agree_with_each_other_and_with_the_card(study: Study, tmp_pat
     assert kept == card["layers"] == point["layers"]
     pruned = sum(of - left for left, of in kept.values()) / sum(of for _, of in kept.values())
     assert card["measures"]["sparsity"] == pytest.approx(pruned, abs=0)
-    assert card["bytes"]["packed"] == (folder / "packed.safetensors").stat().st_size == point["bytes"]
+    for name in ("packed", "weights"):
+        assert card["bytes"][name] == (folder / f"{name}.safetensors").stat().st_size
+    assert point["bytes"] == min(card["bytes"]["packed"], card["bytes"]["weights"])
     lineage = {entry["key"]: entry for entry in card["lineage"]}
     assert card["lineage"][0]["op"] == "Init" and card["lineage"][-1]["key"] == point["key"]
     assert all(parent in lineage for entry in card["lineage"] for parent in entry["from"])
