@@ -29,12 +29,12 @@ from orchestrator.settings import (
     check_value,
     complaints,
 )
+from orchestrator.store.paths import is_study
 from search.proposer import SAMPLERS
 from search.query import BoundError, parse
 from search.space import Choice, Parameter, Range, Space, SpaceError, flatten
 from search.space import parse as parse_space
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
 OPEN = ("trials", "enqueue", "keep")
 """What may change from one run of a study to the next."""
@@ -114,7 +114,7 @@ class StudySpec(Section):
     @field_validator("name")
     @classmethod
     def _name(cls, name: str) -> str:
-        if not NAME.fullmatch(name):
+        if not is_study(name):
             raise ValueError("must be letters, digits, '.', '_' and '-', at most 100, a letter or digit first")
         return name
 
