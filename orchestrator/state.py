@@ -33,6 +33,9 @@ class State:
         gathered: statistics over the training data by `"what/parameter"`, of the parameter's shape and never masked.
         remarks: what the stage that yielded the state has to say of it, as JSON-ready data; it goes into the lineage
             and not into the state's bytes.
+
+    Names stand in sorted order, however the state was made: what draws or adds up over them gives the same for a state
+    that was trained here and for one that was read.
     """
 
     weights: Mapping[str, Tensor]
@@ -41,6 +44,10 @@ class State:
     position: int = 0
     gathered: Mapping[str, Tensor] = field(default_factory=dict)
     remarks: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind in ("weights", "masks", "optimizer", "gathered"):
+            object.__setattr__(self, kind, dict(sorted(getattr(self, kind).items())))
 
     def masked(self) -> State:
         """The same state with exact (positive) zeros under every mask, in weights and optimizer state."""

@@ -109,6 +109,18 @@ def test_round_trip_bit_for_bit(data: st.DataObject) -> None:
     assert len(to_bytes(back, {"key": "k"})) == len(to_bytes(state, {"key": "k"}))
 
 
+def test_names_stand_in_one_order_however_the_state_was_made() -> None:
+    state = example().masked()
+    backwards = State(
+        weights=dict(reversed(state.weights.items())),
+        masks=dict(reversed(state.masks.items())),
+        optimizer=dict(reversed(state.optimizer.items())),
+    )
+    for other in (backwards, replace(backwards, position=1), from_bytes(to_bytes(backwards))):
+        assert list(other.weights) == list(state.weights) == sorted(state.weights)
+        assert list(other.masks) == list(state.masks) and list(other.optimizer) == list(state.optimizer)
+
+
 def test_a_masked_weight_is_not_in_the_bytes() -> None:
     big = State(weights={"w": torch.ones(64, 64)}, masks={"w": torch.zeros(64, 64, dtype=torch.bool)})
     assert len(to_bytes(big)) < 64 * 64 / 8 + 512

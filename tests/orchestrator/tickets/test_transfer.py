@@ -29,7 +29,7 @@ def other(classes: int = 3) -> State:
 
 def test_the_body_is_taken_and_the_head_stays_dense() -> None:
     found = transfer(ticket(), other())
-    assert found.taken == ("body.weight", "body.bias")
+    assert found.taken == ("body.bias", "body.weight")
     assert found.dense == ("head.weight",)
     assert set(found.state.masks) == {"body.weight"}
     assert torch.equal(found.state.weights["body.weight"], MASK.double())
