@@ -39,7 +39,7 @@ def test_the_body_is_taken_and_the_head_stays_dense() -> None:
 
 
 def test_a_head_of_the_same_shape_may_be_left_out() -> None:
-    assert transfer(ticket(), other(classes=10)).taken == ("body.weight", "body.bias", "head.weight")
+    assert transfer(ticket(), other(classes=10)).taken == ("body.bias", "body.weight", "head.weight")
     found = transfer(ticket(), other(classes=10), leave=["head.weight"])
     assert found.dense == ("head.weight",)
     assert (found.state.weights["head.weight"] == 7).all()
@@ -53,11 +53,11 @@ def test_where_nothing_fits_it_is_said() -> None:
         r"'body.weight' is \(2, 3\) in the ticket, \(5, 3\) there$",
     ):
         transfer(ticket(), wide)
-    with pytest.raises(PlanError, match=r"it has body.weight, head.weight, the other trunk$"):
+    with pytest.raises(PlanError, match=r"it has body.bias, body.weight, head.weight, the other trunk$"):
         transfer(ticket(), State(weights={"trunk": torch.ones(2, 3)}))
     with pytest.raises(PlanError, match="'body.weight' is left out"):
         transfer(ticket(), other(), leave=["body.weight"])
-    with pytest.raises(PlanError, match="'hed' cannot be left out: the other model has body.weight, "):
+    with pytest.raises(PlanError, match="'hed' cannot be left out: the other model has body.bias, body.weight, "):
         transfer(ticket(), other(), leave=["hed"])
     with pytest.raises(PlanError, match="the other has a mask of 'body.weight'"):
         transfer(ticket(), ticket())
