@@ -53,7 +53,7 @@ while sum(node["Alive"] for node in ray.nodes()) < nodes:
     time.sleep(1)
 ' "$address" "$SLURM_NNODES"
 
-"${here[@]}" python -m orchestrator.entrypoint "$study" --store "$store" --address "$address" "$@" &
+"${here[@]}" python -m orchestrator.jobs.entrypoint "$study" --store "$store" --address "$address" "$@" &
 driver=$!
 trap 'kill -TERM "$driver"' TERM # the driver alone: it needs Ray to stop cleanly
 code=0

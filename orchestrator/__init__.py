@@ -8,11 +8,11 @@ __version__ = "0.1.0"
 __all__ = ["Study", "StudySpec", "load"]
 
 if TYPE_CHECKING:
-    from orchestrator.artefact import load
+    from orchestrator.export.artefact import load
     from orchestrator.spec import StudySpec
     from orchestrator.study import Study
 
-_HOMES = {"Study": "orchestrator.study", "StudySpec": "orchestrator.spec", "load": "orchestrator.artefact"}
+_HOMES = {"Study": "orchestrator.study", "StudySpec": "orchestrator.spec", "load": "orchestrator.export.artefact"}
 
 
 def __getattr__(name: str) -> Any:

@@ -142,7 +142,7 @@ KINDS: dict[str, Callable[[], Rows]] = {
     "regrowths": _registered("orchestrator.pruning.regrow", "REGROW"),
     "rules": _described(RULES),
     "controls": _controls,
-    "optimizers": _registered("orchestrator.optimizers", "OPTIMIZERS"),
+    "optimizers": _registered("orchestrator.training.optimizers", "OPTIMIZERS"),
     "lr-schedules": _described(LR_SCHEDULES),
     "samplers": _described(SAMPLERS),
     "objectives": _objectives,

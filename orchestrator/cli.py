@@ -136,8 +136,8 @@ def submit(
     ] = False,
 ) -> None:
     """Run a study on a Ray cluster, as a job: it goes on when this machine is switched off."""
-    from orchestrator import submit as jobs
-    from orchestrator.shipping import shipment
+    from orchestrator.jobs import submit as jobs
+    from orchestrator.jobs.shipping import shipment
     from orchestrator.spec import StudySpec
 
     jobs.refuse_store(store)
@@ -239,14 +239,14 @@ def tickets(
     format: Formatted = Format.table,
 ) -> None:
     """A study's lottery tickets beside their controls at equal sparsity, with what may be claimed."""
-    from orchestrator.ticket_table import rows
+    from orchestrator.tickets.study.table import rows
 
     if format is Format.csv and (structure or stability):
         raise InputError("--format csv is the table of tickets alone: legal with --structure, --stability: table, json")
     opened = _open(study, store)
     with redirect_stdout(sys.stderr):  # the user's task, which may be run, may print
         if stability:
-            from orchestrator.ticket_stability import measure
+            from orchestrator.tickets.study.stability import measure
 
             measure(opened, told=lambda line: print(line, file=sys.stderr))
         found = opened.tickets(structure=structure or format is Format.json)
@@ -268,13 +268,13 @@ def tickets(
     if format is Format.table and not any(ticket["controls"] or ticket["transfers"] for ticket in found["tickets"]):
         print("\nThey were compared with nothing: [tickets] controls says with what.")
     if structure:
-        from orchestrator import ticket_structure
+        from orchestrator.tickets.study import structure as ticket_structure
 
         print("\nShares of empty and full groups, beside count-matched random masks:")
         _print_table(ticket_structure.rows(found))
         print("", *ticket_structure.says(found), sep="\n")
     if stability:
-        from orchestrator import ticket_stability
+        from orchestrator.tickets.study import stability as ticket_stability
 
         print("\nError barriers between siblings:")
         _print_table(ticket_stability.rows(found))
@@ -342,8 +342,8 @@ def measure(
     format: Formatted = Format.table,
 ) -> None:
     """Prove and time a fetched model again, on this device, and add that to its card."""
-    from orchestrator.certificate import latency_rows
-    from orchestrator.certificate import measure as certified
+    from orchestrator.export.certificate import latency_rows
+    from orchestrator.export.certificate import measure as certified
 
     with redirect_stdout(sys.stderr):  # the user's task, which is run, may print
         card = certified(folder, task, device=device, threads=threads)
@@ -471,7 +471,7 @@ def doctor(
     format: Formatted = Format.table,
 ) -> None:
     """Find out what is wrong with a store or a cluster, and what to do about it."""
-    from orchestrator.doctor import examine
+    from orchestrator.jobs.doctor import examine
 
     findings = examine(store, address)
     if format is Format.table:

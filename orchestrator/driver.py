@@ -25,7 +25,7 @@ from orchestrator.history import History
 from orchestrator.objectives import Objective
 from orchestrator.outcome import CONTROL_TRIAL, DENSE_TRIAL
 from orchestrator.plan import Plan
-from orchestrator.planning import dense_plan, trial_plan
+from orchestrator.planning.trial import dense_plan, trial_plan
 from orchestrator.pools.protocol import Ended, Event, Failed, Pool, Reported
 from orchestrator.progress import Progress, Silent, Standing
 from orchestrator.settings import FINAL

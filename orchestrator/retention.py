@@ -133,7 +133,7 @@ def remake(study: Study, job: Job, row: Mapping[str, Any]) -> bytes:
 
 def _plan(study: Study, row: Mapping[str, Any], info: TaskInfo, code: Mapping[str, str]) -> Plan:
     """The plan of the row's trial, with nothing to show but the row's state."""
-    from orchestrator.planning import dense_plan, trial_plan
+    from orchestrator.planning.trial import dense_plan, trial_plan
 
     if row["trial"] == DENSE_TRIAL:
         plan = dense_plan(study.spec.train, row["seed"], info, device=row["device"])

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from orchestrator import artefact
-from orchestrator.card import card_of, claim, enter_files, explained, in_words
-from orchestrator.certificate import card_bytes, certify, difference, forms_of, sample
 from orchestrator.errors import InputError, QueryError, TaskError, UnknownName
-from orchestrator.export import CSR, FORMATS, SHRUNK, ExportRefused
+from orchestrator.export import CSR, FORMATS, SHRUNK, ExportRefused, artefact
+from orchestrator.export.card import card_of, claim, enter_files, explained, in_words
+from orchestrator.export.certificate import card_bytes, certify, difference, forms_of, sample
 from orchestrator.export.csr import csr_file, to_csr
 from orchestrator.export.tensors import files_of, shrunk_file
-from orchestrator.shrinking import ShrinkRefused
+from orchestrator.removal.shrinking import ShrinkRefused
 from orchestrator.stages import Stages
 from orchestrator.state import State, from_bytes
 from orchestrator.tasks.data import call

@@ -13,11 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator import training
-from orchestrator.coordinates import in_full, in_part
 from orchestrator.errors import StageFailed
 from orchestrator.measures.flops import Flops, count
-from orchestrator.narrowing import HOOKS, Narrowable, examine
 from orchestrator.ops import (
     SHRUNK,
     Combine,
@@ -40,20 +37,23 @@ from orchestrator.pruning.patterns import UNITS
 from orchestrator.pruning.prune import Network, prune, scored
 from orchestrator.pruning.regrow import needs as regrowth_needs
 from orchestrator.pruning.regrow import regrow
+from orchestrator.pruning.statistics import gather
 from orchestrator.pruning.structure import Units, kept_units
-from orchestrator.recalibration import recalibrate
+from orchestrator.removal.coordinates import in_full, in_part
 from orchestrator.seeds import derive
 from orchestrator.state import State, into_model, of_model
-from orchestrator.statistics import gather
 from orchestrator.tasks.data import Batches, InMemory, Split, move
 from orchestrator.tasks.describe import example_of
 from orchestrator.tasks.info import TaskInfo, UnitCounts
 from orchestrator.tasks.load import LoadedTask, isolated
 from orchestrator.tickets.stage import combine, controlled, like_reference, transferred
+from orchestrator.training import loop as training
+from orchestrator.training.narrowing import HOOKS, Narrowable, examine
+from orchestrator.training.recalibration import recalibrate
 
 if TYPE_CHECKING:
     from orchestrator.pruning.coupling import Found
-    from orchestrator.shrinking import Shrunk
+    from orchestrator.removal.shrinking import Shrunk
 
 
 MOST_AT_ONCE = 256
@@ -186,7 +186,7 @@ class Stages:
         Raises:
             ShrinkRefused: the smaller model could not be shown to compute the same.
         """
-        from orchestrator.shrinking import shrink
+        from orchestrator.removal.shrinking import shrink
 
         if all(bool(kept_units(group, state.masks).all()) for group in self.removable):
             return None

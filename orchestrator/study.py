@@ -15,7 +15,7 @@ from orchestrator.errors import InputError, PlanError, QueryError, SpecError, Un
 from orchestrator.front import Front, NothingMeets, column_of, front, joined, known_measures
 from orchestrator.mixes import warnings
 from orchestrator.objectives import NOT_MEASURED, OBJECTIVES, Objective, objectives
-from orchestrator.planning import trial_plan
+from orchestrator.planning.trial import trial_plan
 from orchestrator.progress import Progress, Standing
 from orchestrator.spec import OPEN, StudySpec, mix_refused, read_text
 from orchestrator.store import paths
@@ -188,7 +188,7 @@ class Study:
         Args:
             structure: look for structure in the masks too, for which the study's task is loaded.
         """
-        from orchestrator.ticket_table import ticket_table
+        from orchestrator.tickets.study.table import ticket_table
 
         return ticket_table(self, structure=structure)
 
@@ -245,7 +245,7 @@ class Study:
         self, key: str | None, folder: str | Path, *, where: Sequence[str] = (), minimise: str | None = None
     ) -> Path:
         """Write one ticket into `folder` as a small file, which other studies can start from; returns the file."""
-        from orchestrator.ticket_export import fetch_ticket
+        from orchestrator.tickets.study.export import fetch_ticket
 
         return fetch_ticket(self, key, Path(folder), where=where, minimise=minimise)
 

@@ -117,7 +117,7 @@ def test_a_job_that_loses_its_cluster_is_run_again_and_goes_on() -> None:
     spec = read("rayjob.yaml")["spec"]
     assert spec["backoffLimit"] > 0 and spec["shutdownAfterJobFinishes"] is True
     words = shlex.split(spec["entrypoint"])
-    assert words[:3] == ["python", "-m", "orchestrator.entrypoint"]
+    assert words[:3] == ["python", "-m", "orchestrator.jobs.entrypoint"]
     assert accepted("run", words[3:]), "the entrypoint takes what `orchardist run` takes"
     head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     mounted = {mount["mountPath"]: mount.get("subPath") for mount in head["volumeMounts"]}
@@ -168,7 +168,9 @@ def test_the_slurm_script_starts_ray_and_ends_as_the_study_does(tmp_path: Path) 
     _, err = process.communicate(timeout=20)
     assert process.returncode == 3, err
     lines = (tmp_path / "said").read_text().splitlines()
-    driver = "python -m orchestrator.entrypoint a study.toml --store /shared/orchard --address node1:20007 --workers 8"
+    driver = (
+        "python -m orchestrator.jobs.entrypoint a study.toml --store /shared/orchard --address node1:20007 --workers 8"
+    )
     assert driver in lines
     assert any(line.startswith("ray start --head --block --port=20007") and "--num-gpus=4" in line for line in lines)
     assert "ray start --block --address node1:20007 --num-cpus=16 --num-gpus=4" in lines

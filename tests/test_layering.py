@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What is imported -> the only files that may (a pattern's * crosses folders). What is not named here is free.
 ONLY = {
     "optuna": ("search/proposer.py",),
-    "ray": ("orchestrator/pools/ray.py", "orchestrator/submit.py"),
+    "ray": ("orchestrator/pools/ray.py", "orchestrator/jobs/submit.py"),
     "pyarrow": ("orchestrator/store/*",),
     "fsspec": ("orchestrator/store/*",),
     "typer": ("orchestrator/cli.py", "orchestrator/progress.py"),
@@ -33,7 +33,7 @@ ONLY = {
         "orchestrator/history.py",
         "orchestrator/catalogue.py",
         "orchestrator/code.py",
-        "orchestrator/shipping.py",
+        "orchestrator/jobs/shipping.py",
         "orchestrator/__init__.py",
     ),
 }
@@ -48,10 +48,10 @@ NEVER = {
         "orchestrator/outcome.py",
         "orchestrator/ops.py",
         "orchestrator/plan.py",
-        "orchestrator/planning.py",
-        "orchestrator/builder.py",
-        "orchestrator/pruning_ops.py",
-        "orchestrator/ticket_plan.py",
+        "orchestrator/planning/trial.py",
+        "orchestrator/planning/builder.py",
+        "orchestrator/planning/pruning.py",
+        "orchestrator/planning/tickets.py",
         "orchestrator/mixes.py",
         "orchestrator/pruning/schedules.py",
         "orchestrator/graph.py",
@@ -138,7 +138,7 @@ def test_the_tables_name_files_that_exist() -> None:
         ("orchestrator/pools/local.py", "def f():\n    import ray.util"),
         ("orchestrator/retrieve.py", "from importlib import import_module\nimport_module('fsspec.core')"),
         ("orchestrator/store/states.py", "import torch.nn"),
-        ("orchestrator/training.py", "from search.query import parse"),
+        ("orchestrator/training/loop.py", "from search.query import parse"),
         ("orchestrator/study.py", "import rich.progress"),
     ],
 )
@@ -154,7 +154,7 @@ def test_canary_a_planted_import_is_caught(path: str, source: str) -> None:
         ("orchestrator/pools/__init__.py", "from .ray import RayPool\nfrom . import ray"),
         ("orchestrator/study.py", "import orchestrator.pools.ray"),
         ("orchestrator/store/ledger.py", "import pyarrow.parquet as pq"),
-        ("orchestrator/training.py", "import torch"),
+        ("orchestrator/training/loop.py", "import torch"),
         ("orchestrator/plan.py", "from search.space import Space"),
     ],
 )

@@ -18,12 +18,12 @@ from orchestrator.errors import InputError, QueryError, SpecError
 from orchestrator.ops import Init
 from orchestrator.outcome import CONTROL_TRIAL
 from orchestrator.plan import Plan
-from orchestrator.planning import trial_plan
+from orchestrator.planning.trial import trial_plan
 from orchestrator.pools.local import LocalPool
 from orchestrator.pools.worker import Worker
 from orchestrator.stages import Stages
 from orchestrator.state import State
-from orchestrator.ticket_table import rows
+from orchestrator.tickets.study.table import rows
 from orchestrator.tickets.ticket_file import from_file_bytes
 from tests.orchestrator.pools import small
 from tests.test_study import Counting

@@ -14,7 +14,7 @@ import torch
 from orchestrator import Study
 from orchestrator.errors import InputError
 from orchestrator.ops import Prune
-from orchestrator.planning import trial_plan
+from orchestrator.planning.trial import trial_plan
 from orchestrator.pools.local import LocalPool
 from orchestrator.seeds import derive
 from orchestrator.spec import StudySpec

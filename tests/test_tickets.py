@@ -21,15 +21,15 @@ from orchestrator.cli import main
 from orchestrator.errors import PlanError, SpecError, StageFailed
 from orchestrator.ops import Control, Init, Train
 from orchestrator.plan import Plan
-from orchestrator.planning import trial_plan
+from orchestrator.planning.trial import trial_plan
 from orchestrator.pools.local import LocalPool
 from orchestrator.settings import CONTROLS, MISSING_THE_MARK
 from orchestrator.stages import Stages
 from orchestrator.state import State, from_bytes
 from orchestrator.tasks.load import load
 from orchestrator.tasks.source import collect
-from orchestrator.ticket_table import read
 from orchestrator.tickets import algebra
+from orchestrator.tickets.study.table import read
 from tests.orchestrator.pools import small
 from tests.test_study import Counting
 

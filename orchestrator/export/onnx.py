@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from orchestrator.errors import InputError
 from orchestrator.export import ExportRefused
 from orchestrator.export.pt2 import Exported, quiet
-from orchestrator.proof import first_line
+from orchestrator.removal.proof import first_line
 from orchestrator.tasks.data import tensors
 
 OPSET = 20

@@ -20,7 +20,7 @@ from torch.utils._sympy.numbers import int_oo
 from orchestrator.errors import InputError
 from orchestrator.export import ExportRefused
 from orchestrator.export.archive import refuse_code
-from orchestrator.proof import first_line
+from orchestrator.removal.proof import first_line
 from orchestrator.tasks.data import Nested, call, tensors, transform
 
 MANY = 2

@@ -79,7 +79,7 @@ def _file_bytes(state: State) -> int:
 
 def _shrunk(stages: Stages, state: State, found: dict[str, Any]) -> nn.Module | None:
     """The really smaller model, whose figures are entered in `found`; None where units cannot be cut away."""
-    from orchestrator.shrinking import ShrinkRefused, narrow
+    from orchestrator.removal.shrinking import ShrinkRefused, narrow
 
     try:
         shrunk = stages.shrunk(state)

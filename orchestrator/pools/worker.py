@@ -30,7 +30,7 @@ from orchestrator.tasks.info import GivenTicket, TaskInfo
 from orchestrator.tasks.load import load
 from orchestrator.tasks.source import install_function
 from orchestrator.tickets.given import read_given
-from orchestrator.training import Probe, arithmetic
+from orchestrator.training.loop import Probe, arithmetic
 
 CACHE_BYTES = 1 << 30
 """Memory for recent states, so that a child of a state that was just made needs not read it back."""

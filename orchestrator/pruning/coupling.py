@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch_pruning import DependencyGraph
 from torch_pruning.dependency.index_mapping import _FlattenIndexMapping, update_index_mapping
 
-from orchestrator.proof import ShrinkRefused, first_line
 from orchestrator.pruning.structure import Role, Slice, Units, without
-from orchestrator.shrinking import shrink
+from orchestrator.removal.proof import ShrinkRefused, first_line
+from orchestrator.removal.shrinking import shrink
 from orchestrator.tasks.data import Nested, call, move, tensors, transform
 
 LAYERS = (nn.Linear, _ConvNd, nn.Embedding)

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from orchestrator.pruning.coupling import Found
 from orchestrator.pruning.refits import refit
 from orchestrator.pruning.structure import Slice, Units, without
-from orchestrator.shrinking import ShrinkRefused, shrink
+from orchestrator.removal.shrinking import ShrinkRefused, shrink
 from orchestrator.tasks.data import Nested, call, move
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}

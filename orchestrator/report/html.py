@@ -426,7 +426,7 @@ def _changes(record: _Record, point: Mapping[str, Any]) -> list[float]:
 
 
 def _tickets(record: _Record) -> Element | None:
-    from orchestrator.ticket_table import read, rows
+    from orchestrator.tickets.study.table import read, rows
 
     if next(read(record.study), None) is None:
         return None

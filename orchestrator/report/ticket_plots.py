@@ -20,13 +20,13 @@ from orchestrator.errors import InputError, QueryError
 from orchestrator.report.plot import DARK, DOTS_PER_INCH, GREY, STYLES
 from orchestrator.seeds import derive
 from orchestrator.settings import HOW_MUCH
-from orchestrator.ticket_stability import recorded
-from orchestrator.ticket_structure import Body, look, masks_of
-from orchestrator.ticket_table import Found, read, steps_to_best
 from orchestrator.tickets.interval import interval
 from orchestrator.tickets.packed import Masks, in_common, pack
 from orchestrator.tickets.similarity import ByLayer, Curve, agreement, k_of_n
 from orchestrator.tickets.stability import STABLE
+from orchestrator.tickets.study.stability import recorded
+from orchestrator.tickets.study.structure import Body, look, masks_of
+from orchestrator.tickets.study.table import Found, read, steps_to_best
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

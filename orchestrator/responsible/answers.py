@@ -16,7 +16,7 @@ from orchestrator.stages import Stages
 from orchestrator.state import State
 from orchestrator.tasks.groups import Labels
 from orchestrator.tasks.load import LoadedTask, isolated
-from orchestrator.training import arithmetic
+from orchestrator.training.loop import arithmetic
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]

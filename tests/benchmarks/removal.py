@@ -40,7 +40,7 @@ from orchestrator.pruning.attention import NarrowAttention
 from orchestrator.pruning.finding import find
 from orchestrator.pruning.prune import Network, prune
 from orchestrator.pruning.structure import Units
-from orchestrator.shrinking import masked_copy, shrink
+from orchestrator.removal.shrinking import masked_copy, shrink
 from orchestrator.state import of_model
 from orchestrator.tasks.models import conv_1d, image_model
 

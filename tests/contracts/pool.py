@@ -17,7 +17,7 @@ import pytest
 from orchestrator.code import code_digest
 from orchestrator.errors import TaskError, WorkersUnusable
 from orchestrator.graph import Facts, Graph, Segment
-from orchestrator.planning import trial_plan
+from orchestrator.planning.trial import trial_plan
 from orchestrator.pools.protocol import Ended, Event, Failed, Job, Pool, Reported
 from orchestrator.store.store import Store
 from orchestrator.tasks.info import TaskInfo

@@ -70,6 +70,6 @@ def neighbours(study: Study, key: str) -> Found:
 
 def controls(study: Study, kind: str) -> list[dict[str, str]]:
     """The trained controls of one kind by key."""
-    from orchestrator.ticket_table import read
+    from orchestrator.tickets.study.table import read
 
     return [dict(row) for found in read(study) for drawn in found.controls.get(kind, {}).values() for row in drawn]

@@ -15,7 +15,7 @@ from orchestrator.graph import Facts, Graph, Segment, Step
 from orchestrator.mixes import resolve
 from orchestrator.ops import Init, Prune, Rewind, Train
 from orchestrator.plan import Plan
-from orchestrator.planning import dense_plan, trial_plan
+from orchestrator.planning.trial import dense_plan, trial_plan
 from orchestrator.settings import PruneSettings, TrainSettings
 from orchestrator.tasks.info import Layer, TaskInfo
 

@@ -13,10 +13,10 @@ from orchestrator.errors import PlanError
 from orchestrator.mixes import resolve
 from orchestrator.ops import SHRUNK, Gather, Init, Prune, Recalibrate, Regrow, Rewind, Train
 from orchestrator.plan import Node, Plan
-from orchestrator.planning import dense_plan, trial_plan
+from orchestrator.planning.pruning import by_pattern
+from orchestrator.planning.trial import dense_plan, trial_plan
 from orchestrator.pruning import schedules
 from orchestrator.pruning.criteria import CRITERIA
-from orchestrator.pruning_ops import by_pattern
 from orchestrator.seeds import derive
 from orchestrator.settings import PruneSettings, Settings, TrainSettings
 from orchestrator.tasks.info import Layer, TaskInfo, UnitCounts

@@ -8,17 +8,17 @@ from typing import Any, get_args
 import pytest
 
 from orchestrator.errors import UnknownName
-from orchestrator.optimizers import OPTIMIZERS
 from orchestrator.pruning.allocation import ALLOCATIONS, SCOPES
 from orchestrator.pruning.criteria import CRITERIA
 from orchestrator.pruning.penalties import PENALTIES
 from orchestrator.pruning.regrow import REGROW
 from orchestrator.pruning.schedules import SCHEDULES
+from orchestrator.pruning.statistics import STATISTICS
 from orchestrator.pruning.structure import NORMS
 from orchestrator.registry import Registry
 from orchestrator.settings import Optimizer
-from orchestrator.statistics import STATISTICS
 from orchestrator.tasks.metrics import METRICS
+from orchestrator.training.optimizers import OPTIMIZERS
 from tests.contracts.registry import REGISTRY_CHECKS
 
 REGISTRIES: list[Registry[Any]] = [

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from orchestrator.errors import StageFailed
-from orchestrator.narrowing import Narrowable
 from orchestrator.ops import SHRUNK, Gather, Init, Prune, Recalibrate, Recipe, Regrow, Rewind, Train
 from orchestrator.pruning.masks import index_hashes
 from orchestrator.seeds import derive
@@ -25,7 +24,8 @@ from orchestrator.state import State, into_model
 from orchestrator.tasks import Task
 from orchestrator.tasks.load import LoadedTask
 from orchestrator.tasks.source import Source
-from orchestrator.training import learning_rate
+from orchestrator.training.loop import learning_rate
+from orchestrator.training.narrowing import Narrowable
 
 X = torch.randn(24, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(24) % 3

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from orchestrator.pruning.attention import NarrowAttention, find_heads
 from orchestrator.pruning.refits import REFITS
 from orchestrator.pruning.structure import Slice, Units, without
-from orchestrator.shrinking import shrink
+from orchestrator.removal.shrinking import shrink
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from orchestrator.pruning.recurrent import NarrowRecurrent, find_recurrent
 from orchestrator.pruning.refits import REFITS
 from orchestrator.pruning.structure import Slice, Units, without
-from orchestrator.shrinking import shrink
+from orchestrator.removal.shrinking import shrink
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 KINDS: dict[str, Callable[..., nn.RNNBase]] = {

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from orchestrator.pruning.criteria import magnitude, random, snip, synflow
 from orchestrator.pruning.masks import index_hashes, keep_top
-from orchestrator.statistics import gather
+from orchestrator.pruning.statistics import gather
 from orchestrator.tasks import Task
-from orchestrator.training import arithmetic
+from orchestrator.training.loop import arithmetic
 
 WIDTHS = (784, 300, 100, 10)
 COUNT = 266_200

@@ -18,8 +18,8 @@ from orchestrator import Study
 from orchestrator.errors import InputError, QueryError
 from orchestrator.pools.local import LocalPool
 from orchestrator.settings import CONTROLS
-from orchestrator.ticket_structure import Body
-from orchestrator.ticket_table import Found, read, steps_to_best
+from orchestrator.tickets.study.structure import Body
+from orchestrator.tickets.study.table import Found, read, steps_to_best
 from tests.orchestrator.pools import small
 
 pytest.importorskip("matplotlib")
@@ -96,7 +96,7 @@ def assert_pictures(drawn: plots.Drawn, folder: Path, names: Sequence[str]) -> N
 
 
 def test_everything_of_a_study_with_rounds_is_drawn(rounds: Study, tmp_path: Path) -> None:
-    from orchestrator.ticket_stability import measure
+    from orchestrator.tickets.study.stability import measure
 
     measure(rounds)
     drawn = plots.plot_tickets(rounds, tmp_path / "made" / "here")

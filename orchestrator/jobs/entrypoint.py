@@ -1,0 +1,137 @@
+"""What a cluster's job runs: a study's driver, started again when it dies.
+
+`python -m orchestrator.jobs.entrypoint STUDY --store URL …` takes what `orchardist run` takes. A driver that ends by
+itself ends the job with its exit code; one that was killed, or that fell over a bug, goes on from the store in a new
+process.
+"""
+
+from __future__ import annotations
+
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from orchestrator.errors import StoreError
+from orchestrator.store.store import Store
+
+MOST_STARTS = 10
+"""A driver that dies is started this often in all."""
+
+FIRST_PAUSE_SECONDS = 2.0
+LONGEST_PAUSE_SECONDS = 120.0
+
+CRASHED = 70
+"""The exit code of a driver that raised what no part of Orchardist raises on purpose."""
+
+STARTED = "the store answers; the study is driven from"
+"""Said once in the job's log before the driver starts."""
+
+INTERRUPTED = 130
+_GRACE_SECONDS = 2.0
+_DRIVE = "from orchestrator.jobs.entrypoint import drive; drive()"
+
+
+def main() -> int:
+    """Run the study that the command line names; returns the exit code."""
+    arguments = sys.argv[1:]
+    if "--store" in arguments[:-1]:
+        try:
+            Store(arguments[arguments.index("--store") + 1]).files.probe()
+        except StoreError as error:
+            _say(str(error))
+            return 2
+    _say(f"{STARTED} {platform.node()}")
+    driver = _Driver(arguments)
+    signal.signal(signal.SIGTERM, driver.stop)
+    signal.signal(signal.SIGINT, driver.stop)
+    return restarted(driver.run, sleep=driver.pause, told=_say)
+
+
+def restarted(
+    run: Callable[[], int | None],
+    *,
+    most: int = MOST_STARTS,
+    sleep: Callable[[float], None],
+    told: Callable[[str], None],
+) -> int:
+    """Call `run` until it ends by itself, `most` times at most, with growing pauses. Returns its last exit code.
+
+    Args:
+        run: runs the driver; returns its exit code, negative where a signal ended it, None where it was asked to stop.
+        most: how often it is called.
+        sleep: waits so many seconds.
+        told: takes a line for every death.
+    """
+    pause = FIRST_PAUSE_SECONDS
+    for start in range(1, most + 1):
+        code = run()
+        if code is None:
+            return INTERRUPTED
+        if code >= 0 and code != CRASHED:
+            return code
+        how = "crashed" if code == CRASHED else f"was killed by signal {-code}"
+        if start == most:
+            told(f"the driver {how}, {most} times now: giving up; what is finished is in the store")
+            return 1
+        told(f"the driver {how}; start {start + 1} of {most} in {pause:.0f} s")
+        sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+    raise AssertionError("at least one start")
+
+
+def drive() -> None:
+    """`orchardist run`, in a process of its own that tells a crash from everything else by its exit code."""
+    from orchestrator.cli import main
+
+    sys.argv[:1] = ["orchardist", "run"]
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        sys.exit(CRASHED)
+
+
+class _Driver:
+    """The driver's process. A signal to stop goes to the whole group: it is passed on to a driver that got none."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._command = [sys.executable, "-c", _DRIVE, *arguments]
+        self._stopped = False
+
+    def stop(self, *_: object) -> None:
+        """No driver is started any more."""
+        self._stopped = True
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but not when nothing comes after it."""
+        end = time.monotonic() + seconds
+        while not self._stopped and time.monotonic() < end:
+            time.sleep(min(0.2, seconds))
+
+    def run(self) -> int | None:
+        """Start a driver and wait for its end."""
+        if self._stopped:
+            return None
+        process = subprocess.Popen(self._command)
+        passed_on = False
+        while True:
+            try:
+                code = process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                if self._stopped and not passed_on:
+                    process.terminate()
+                    passed_on = True
+            else:
+                return None if self._stopped and code else code
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,386 @@
+"""A study as a Ray job, over HTTP: sent, joined, followed; and what the nodes of a cluster say of themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import shlex
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from http.client import HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import InputError, OrchardistError
+from orchestrator.jobs.entrypoint import STARTED
+from orchestrator.pools.ray import CONNECT_SECONDS, refuse_silence
+from orchestrator.store.files import without_credentials
+
+if TYPE_CHECKING:
+    from orchestrator.jobs.shipping import Shipment
+
+START_SECONDS = 90.0
+"""How long `submit` waits for the driver to say that it has started."""
+
+NODES_SECONDS = 60.0
+"""How long a node may take to answer the doctor."""
+
+MOST_LOST = 30
+"""How often in a row a job that is followed may be out of reach."""
+
+_POLL_SECONDS = 0.5
+_LOST_SECONDS = 2.0
+_LIVE = ("PENDING", "RUNNING")
+_HTTP = re.compile(r"https?://[^/\s@]+(/\S*)?")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_LIVES_HERE = ("memory",)
+_ON_A_DISK = ("file", "local")
+_DIGEST = "orchardist-study"
+_CHATTY = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
+_TOKEN_HELP = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that holds the cluster's token"
+
+
+class Unreachable(OrchardistError):
+    """A cluster that answered before does not answer now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """A study's job on a cluster."""
+
+    id: str
+    joined: bool
+    """Whether it ran already."""
+    same: bool
+    """Whether it runs the very files that were to be sent."""
+
+
+def refuse_store(url: str) -> None:
+    """Refuse a store that another machine could not find, or that shows its credentials in the job's command.
+
+    Raises:
+        InputError: with what would be legal.
+    """
+    legal = "legal: s3://bucket/folder and the like, or an absolute path that every node has"
+    shown = without_credentials(url)
+    scheme = _URL.fullmatch(url)
+    if shown != url:
+        raise InputError(
+            f"--store {shown}: the URL holds credentials, which a job would show to whoever can see it; give them to "
+            "the nodes instead: a role, or variables such as AWS_ACCESS_KEY_ID where Ray is started"
+        )
+    if scheme is not None and scheme[1].lower() in _LIVES_HERE:
+        raise InputError(f"--store {shown}: memory lives in one process; {legal}")
+    path = url if scheme is None else scheme[2] if scheme[1].lower() in _ON_A_DISK else None
+    if path is not None and not path.startswith("/"):
+        raise InputError(f"--store {shown}: a relative path means another folder on every node; {legal}")
+
+
+def connect(address: str) -> Any:
+    """A `JobSubmissionClient` for the cluster whose dashboard is at `address`; it lets us in.
+
+    The token, where the cluster asks for one, is the one that Ray itself would take: from RAY_AUTH_TOKEN, the file that
+    RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token.
+
+    Raises:
+        InputError: the address is wrong, nothing answers there, or the token is missing or wrong.
+    """
+    if not _HTTP.fullmatch(address):
+        raise InputError(f"--address {address}: a job is submitted over HTTP; legal: http://HEAD:8265, https://…")
+    address = address.rstrip("/")
+    headers: dict[str, str] = {}
+    if _version(address, headers) is None:
+        token = _token()
+        if not token:
+            raise InputError(f"the cluster at {address} wants a token, and there is none here: {_TOKEN_HELP}")
+        headers = {"Authorization": f"Bearer {token}"}
+        if _version(address, headers) is None:
+            raise InputError(f"the cluster at {address} does not accept this token: {_TOKEN_HELP}")
+    from ray.job_submission import JobSubmissionClient
+
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    with _blamed(address):
+        return JobSubmissionClient(address, headers=headers)
+
+
+def wants_token(address: str) -> bool:
+    """Whether the cluster asks who we are. Raises `InputError` as `connect` does."""
+    return _version(address.rstrip("/"), {}) is None
+
+
+def entrypoint(shipped: Shipment, options: Sequence[str]) -> str:
+    """The command of the job: the driver under `orchestrator.jobs.entrypoint`, with the options of `orchardist run`."""
+    return shlex.join(["python", "-m", "orchestrator.jobs.entrypoint", shipped.study, "--address", "auto", *options])
+
+
+def run_job(client: Any, shipped: Shipment, *, job: str, command: str, metadata: Mapping[str, str]) -> None:
+    """Send the files and start the job. Nothing but the files is in its runtime environment."""
+    with _blamed(client.get_address()), tempfile.TemporaryDirectory(prefix="orchardist-") as folder:
+        shipped.write(Path(folder))
+        client.submit_job(
+            entrypoint=command, submission_id=job, runtime_env={"working_dir": folder}, metadata=dict(metadata)
+        )
+
+
+def submit(client: Any, shipped: Shipment, *, name: str, store: str, command: str) -> Submitted:
+    """Start the study's job, or find the one that runs.
+
+    A job's id is made of the study's name, its store, and a number, one higher each time: Ray takes no id twice.
+
+    Args:
+        client: from `connect`.
+        shipped: what the job is given.
+        name: the study's.
+        store: its URL.
+        command: from `entrypoint`.
+    """
+    base = f"{name}-{sha256(store.rstrip('/').encode()).hexdigest()[:8]}"
+    number, live = _latest(client, base)
+    if live is None:
+        job = f"{base}-{number + 1}"
+        try:
+            run_job(client, shipped, job=job, command=command, metadata={_DIGEST: shipped.digest})
+            return Submitted(id=job, joined=False, same=True)
+        except OrchardistError:
+            # Somebody may have submitted the same study at the same instant.
+            _, live = _latest(client, base)
+            if live is None:
+                raise
+    noted = (live.metadata or {}).get(_DIGEST)
+    return Submitted(id=live.submission_id, joined=True, same=noted == shipped.digest)
+
+
+def wait_until_started(
+    client: Any,
+    job: str,
+    *,
+    seconds: float = START_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Wait until the job's driver has reached its store. False where that takes more than `seconds`.
+
+    Raises:
+        InputError: the job ended because its input is wrong, such as a store that cannot be reached from the cluster.
+        OrchardistError: it ended otherwise.
+    """
+    end = clock() + seconds
+    with _blamed(client.get_address()):
+        while True:
+            if STARTED in client.get_job_logs(job):
+                return True
+            if str(client.get_job_status(job)) not in _LIVE:
+                raise _why(client, job)
+            if clock() >= end:
+                return False
+            sleep(_POLL_SECONDS)
+
+
+def follow(client: Any, job: str, show: Callable[[str], None], *, sleep: Callable[[float], None] = time.sleep) -> int:
+    """Show what the job writes until it ends, across lost connections. Returns the exit code of `orchardist run`."""
+    shown = lost = 0
+    while True:
+        shown, whole = asyncio.run(_tail(client, job, shown, show))
+        try:
+            with _blamed(client.get_address()):
+                info = client.get_job_info(job)
+        except Unreachable:
+            lost += 1
+            if lost == MOST_LOST:
+                raise
+            sleep(_LOST_SECONDS)
+            continue
+        lost = 0
+        if str(info.status) not in _LIVE and whole:
+            break
+        sleep(_POLL_SECONDS)
+    if str(info.status) == "SUCCEEDED":
+        return 0
+    if str(info.status) == "STOPPED":
+        show(f"the job {job} was stopped; nothing finished is lost, and submitting it again goes on\n")
+        return 1
+    if not info.driver_exit_code:
+        show(f"{_one_line(info.message or 'the job failed')}\n")
+    return info.driver_exit_code if info.driver_exit_code in (1, 2, 130) else 1
+
+
+def wait_for_end(client: Any, job: str, *, seconds: float, sleep: Callable[[float], None] = time.sleep) -> str:
+    """What a short job wrote, once it has ended.
+
+    Raises:
+        OrchardistError: it takes too long, or could not be started.
+    """
+    end = time.monotonic() + seconds
+    with _blamed(client.get_address()):
+        while str(client.get_job_status(job)) in _LIVE:
+            if time.monotonic() >= end:
+                client.stop_job(job)
+                raise OrchardistError(f"the job {job} did not end within {seconds:.0f} s: it was stopped")
+            sleep(_POLL_SECONDS)
+        if client.get_job_info(job).driver_exit_code is None:
+            raise _why(client, job)
+        return str(client.get_job_logs(job))
+
+
+def nodes(address: str, ask: Callable[..., Mapping[str, Any]], *arguments: Any) -> Iterator[dict[str, Any]]:
+    """What `ask(*arguments)` returns on every node of the cluster at `address`, joined from one of its nodes.
+
+    Each node's answer has `host`, `head`, `gpus` (as Ray counts them) and `skew_seconds` (its clock less this one's,
+    with `skew_within`, the most by which that may be wrong) beside what `ask` returned, or `trouble`: why it has none.
+
+    Raises:
+        InputError: nothing answers at the address, or it does not let us in.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    refuse_silence(address)
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ray.exceptions.AuthenticationError as error:
+        raise InputError(f"RAY_AUTH_MODE is token, and there is no token here: {_TOKEN_HELP}") from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"cannot join the Ray cluster at {address}: {_one_line(str(error))}; if it wants a token: "
+            f"RAY_AUTH_MODE=token, and {_TOKEN_HELP}"
+        ) from error
+    try:
+        alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
+        asked = ray.remote(num_cpus=0, max_retries=0)(ask)
+        answers = [asked.options(scheduling_strategy=place).remote(*arguments) for place in places]
+        clock = ray.remote(num_cpus=0, max_retries=0)(_seconds)
+        for node, place, answer in zip(alive, places, answers, strict=True):
+            resources = node["Resources"]
+            row: dict[str, Any] = {
+                "host": node["NodeManagerHostname"],
+                "head": "node:__internal_head__" in resources,
+                "gpus": resources.get("GPU", 0.0),
+            }
+            try:
+                row |= ray.get(answer, timeout=NODES_SECONDS)
+                before = time.time()
+                there = ray.get(clock.options(scheduling_strategy=place).remote(), timeout=NODES_SECONDS)
+                after = time.time()
+                row |= {"skew_seconds": there - (before + after) / 2, "skew_within": (after - before) / 2}
+            except ray.exceptions.GetTimeoutError:
+                row["trouble"] = f"did not answer within {NODES_SECONDS:.0f} s"
+            except ray.exceptions.RayError as error:
+                row["trouble"] = _one_line(str(error))
+            yield row
+    finally:
+        ray.shutdown()
+
+
+def _seconds() -> float:
+    return time.time()
+
+
+async def _tail(client: Any, job: str, shown: int, show: Callable[[str], None]) -> tuple[int, bool]:
+    """Show the job's log from character `shown` on; what was shown in all, and whether the log came to its end."""
+    import aiohttp
+
+    seen = 0
+    try:
+        async for chunk in client.tail_job_logs(job):
+            show(chunk[max(0, shown - seen) :])
+            seen += len(chunk)
+            shown = max(shown, seen)
+    except (RuntimeError, OSError, aiohttp.ClientError):
+        return shown, False
+    return shown, True
+
+
+def _latest(client: Any, base: str) -> tuple[int, Any]:
+    """The highest number of a job of this base, 0 for none, and the job that is alive."""
+    number, live = 0, None
+    with _blamed(client.get_address()):
+        jobs = client.list_jobs()
+    for job in jobs:
+        match = re.fullmatch(rf"{re.escape(base)}-(\d+)", job.submission_id or "")
+        if match:
+            number = max(number, int(match[1]))
+            live = job if str(job.status) in _LIVE else live
+    return number, live
+
+
+def _why(client: Any, job: str) -> OrchardistError:
+    """What ended a job, by its last words."""
+    info = client.get_job_info(job)
+    lines = [line for line in client.get_job_logs(job).splitlines() if line.strip()]
+    if info.driver_exit_code is None or not lines:
+        return OrchardistError(f"the job {job} could not be started: {_one_line(info.message or 'no reason given')}")
+    last = without_credentials(lines[-1].strip())
+    if info.driver_exit_code == 2:
+        return InputError(f"on the cluster: {last}")
+    return OrchardistError(f"the job {job} ended with exit code {info.driver_exit_code}: {last}")
+
+
+def _version(address: str, headers: Mapping[str, str]) -> str | None:
+    """The cluster's version of Ray; None where it does not let us in."""
+    request = urllib.request.Request(f"{address}/api/version", headers=dict(headers))
+    try:
+        with urllib.request.urlopen(request, timeout=CONNECT_SECONDS) as answer:
+            return str(json.load(answer)["ray_version"])
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return None
+        reason = f"HTTP status {error.code}"
+    except urllib.error.URLError as error:
+        reason = _one_line(getattr(error.reason, "strerror", None) or str(error.reason))
+    except (KeyError, TypeError, ValueError, HTTPException):
+        reason = "something else than Ray answers there"
+    except OSError as error:
+        reason = _one_line(error.strerror or str(error) or type(error).__name__)
+    raise InputError(f"no Ray dashboard at {address}: {reason}; legal: http://HEAD:8265, the address of the head")
+
+
+def _token() -> str:
+    """The token that Ray itself would take; empty for none."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return os.environ["RAY_AUTH_TOKEN"].strip()
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        if named:
+            raise InputError(f"RAY_AUTH_TOKEN_PATH: cannot read {path}: {error.strerror}") from error
+        return ""
+
+
+@contextmanager
+def _blamed(address: str) -> Iterator[None]:
+    """What goes wrong between here and the cluster is one line."""
+    from ray.exceptions import AuthenticationError
+    from requests import RequestException
+
+    try:
+        yield
+    except AuthenticationError as error:
+        raise InputError(f"the cluster at {address} does not accept this token: {_TOKEN_HELP}") from error
+    except (ConnectionError, RequestException) as error:
+        raise Unreachable(f"the cluster at {address} does not answer any more: {_one_line(str(error))}") from error
+    except RuntimeError as error:
+        raise OrchardistError(f"the cluster at {address} refused: {_one_line(str(error))}") from error
+
+
+def _one_line(text: str) -> str:
+    """The first line of a text, or the last of one that holds a traceback."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()] or [""]
+    return lines[-1] if any(line.startswith("Traceback") for line in lines) else lines[0]

@@ -1,0 +1,461 @@
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import InputError, OrchardistError
+from orchestrator.jobs.entrypoint import STARTED
+from orchestrator.jobs.shipping import FOLDER, Shipment
+from orchestrator.jobs.submit import MOST_LOST, connect, entrypoint, follow, refuse_store, submit, wait_until_started
+from tests.cluster import TOKEN, head
+from tests.orchestrator.pools import small
+from tests.orchestrator.test_cli import STUDY, Shell, shell
+
+__all__ = ["shell"]
+
+SENT = Shipment(
+    study=f"{FOLDER}/study.toml",
+    house={"orchestrator/__init__.py": b""},
+    yours={f"{FOLDER}/study.toml": b"name = 'small'"},
+    left=(),
+)
+STORE = "s3://bucket/orchard"
+
+
+@dataclass
+class FakeClient:
+    """A cluster's jobs, in the order in which they came."""
+
+    jobs: list[SimpleNamespace] = field(default_factory=list)
+    logs: str = ""
+    breaks: list[int] = field(default_factory=list)
+    """After how many characters each of the next looks at a log loses its connection."""
+    files: set[str] = field(default_factory=set)
+    away: int = 0
+    """How many of the next questions about a job find no connection."""
+    taken: str = ""
+    """The id that somebody else takes just before the next job is submitted."""
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    def list_jobs(self) -> list[SimpleNamespace]:
+        return list(self.jobs)
+
+    def submit_job(
+        self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]
+    ) -> str:
+        if self.taken:
+            self.add(self.taken, "RUNNING", metadata=metadata)
+            self.taken = ""
+        if any(job.submission_id == submission_id for job in self.jobs):
+            raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
+        folder = Path(runtime_env["working_dir"])
+        self.files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        self.add(submission_id, "PENDING", metadata=metadata, entrypoint=entrypoint, runtime_env=runtime_env)
+        return submission_id
+
+    def add(self, job: str | None, status: str, **more: Any) -> None:
+        told = {"driver_exit_code": None, "message": None, "metadata": None} | more
+        self.jobs.append(SimpleNamespace(submission_id=job, status=status, **told))
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        if self.away:
+            self.away -= 1
+            raise ConnectionError("Failed to connect to Ray at address: http://head:8265.")
+        return next(found for found in self.jobs if found.submission_id == job)
+
+    def get_job_status(self, job: str) -> str:
+        return str(self.get_job_info(job).status)
+
+    def get_job_logs(self, job: str) -> str:
+        return self.logs
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        length = self.breaks.pop(0) if self.breaks else len(self.logs)
+        for start in range(0, length, 7):
+            yield self.logs[start : min(start + 7, length)]
+        if length < len(self.logs):
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+
+def sent(client: FakeClient, store: str = STORE, shipped: Shipment = SENT) -> Any:
+    return submit(client, shipped, name="small", store=store, command="true")
+
+
+def test_the_job_s_folder_is_all_that_it_is_given() -> None:
+    client = FakeClient()
+    assert not sent(client).joined
+    assert client.files == {*SENT.house, *SENT.yours}
+    assert set(client.jobs[0].runtime_env) == {"working_dir"}
+
+
+def test_ids_count_the_attempts_at_one_study_in_one_store() -> None:
+    client = FakeClient()
+    first = sent(client).id
+    client.jobs[0].status = "FAILED"
+    second = sent(client).id
+    assert first.startswith("small-") and first.endswith("-1") and second == f"{first[:-1]}2"
+    elsewhere = sent(client, "s3://bucket/other").id
+    assert elsewhere.endswith("-1") and elsewhere != first
+
+
+def test_a_slash_at_the_end_makes_no_other_store() -> None:
+    client = FakeClient()
+    assert sent(client, STORE + "/").id == sent(client, STORE).id
+
+
+@pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
+def test_a_live_job_is_joined(status: str) -> None:
+    client = FakeClient()
+    first = sent(client).id
+    client.jobs[0].status = status
+    again = sent(client)
+    assert (again.id, again.joined, again.same) == (first, True, True)
+    assert len(client.jobs) == 1
+
+
+def test_joining_says_when_the_files_are_others() -> None:
+    client = FakeClient()
+    sent(client)
+    other = Shipment(study=SENT.study, house={}, yours={SENT.study: b"name = 'other'"}, left=())
+    assert not sent(client, shipped=other).same
+
+
+def test_of_two_who_submit_at_once_the_second_joins() -> None:
+    client = FakeClient()
+    client.add(None, "RUNNING")  # a driver that is no job
+    probe = FakeClient()
+    job = sent(probe).id
+    client.taken = job
+    found = sent(client)
+    assert (found.id, found.joined) == (job, True)
+
+
+def test_the_command_holds_the_options_of_run() -> None:
+    command = entrypoint(SENT, ["--store", "/a b", "--workers", "2"])
+    assert command == (
+        f"python -m orchestrator.jobs.entrypoint {FOLDER}/study.toml --address auto --store '/a b' --workers 2"
+    )
+
+
+@pytest.mark.parametrize("url", ["/shared/orchard", "s3://bucket/a", "gs://bucket/a", "file:///shared/a"])
+def test_stores_that_every_node_can_find_pass(url: str) -> None:
+    refuse_store(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("./orchard", "relative path"),
+        ("orchard", "relative path"),
+        ("~/orchard", "relative path"),
+        ("file://orchard", "relative path"),
+        ("memory://a", "memory lives in one process"),
+        ("s3://name:hunter2hunter2@bucket/a", "holds credentials"),
+        ("az://box/a?sig=hunter2hunter2", "holds credentials"),
+    ],
+)
+def test_other_stores_are_refused_without_their_secrets(url: str, says: str) -> None:
+    with pytest.raises(InputError, match=says) as error:
+        refuse_store(url)
+    assert "hunter2" not in str(error.value)
+
+
+def test_waiting_ends_when_the_driver_has_its_store() -> None:
+    client = FakeClient()
+    job = sent(client).id
+    naps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        client.logs = f"Runtime env is setting up.\n{STARTED} node\n" if len(naps) == 3 else ""
+
+    assert wait_until_started(client, job, sleep=sleep)
+    assert len(naps) == 3
+
+
+def test_a_job_that_does_not_start_is_not_waited_for_for_ever() -> None:
+    client = FakeClient()
+    now = [0.0]
+    job = sent(client).id
+    assert not wait_until_started(
+        client, job, seconds=10, clock=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s)
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "kind", "says"),
+    [
+        (2, None, InputError, "^on the cluster: cannot write the store s3://bucket/a: no such bucket$"),
+        (1, None, OrchardistError, "ended with exit code 1: cannot write the store"),
+        (None, "runtime_env setup failed: no space", OrchardistError, "could not be started: runtime_env setup failed"),
+    ],
+)
+def test_a_job_that_ends_early_says_why(
+    code: int | None, message: str | None, kind: type[Exception], says: str
+) -> None:
+    client = FakeClient()
+    job = sent(client).id
+    client.jobs[0].status, client.jobs[0].driver_exit_code, client.jobs[0].message = "FAILED", code, message
+    client.logs = "Running entrypoint\ncannot write the store s3://key:secret@bucket/a: no such bucket\n\n"
+    with pytest.raises(kind, match=says):
+        wait_until_started(client, job)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "ends"),
+    [
+        ("SUCCEEDED", 0, 0),
+        ("FAILED", 2, 2),
+        ("FAILED", 1, 1),
+        ("FAILED", -9, 1),
+        ("FAILED", None, 1),
+        ("STOPPED", 143, 1),
+    ],
+)
+def test_following_ends_with_the_exit_code_of_the_run(status: str, code: int | None, ends: int) -> None:
+    client = FakeClient()
+    job = sent(client).id
+    client.jobs[0].status, client.jobs[0].driver_exit_code = status, code
+    assert follow(client, job, lambda _: None) == ends
+
+
+def test_what_is_followed_is_shown_once_across_lost_connections() -> None:
+    client = FakeClient(logs="".join(f"line {number}\n" for number in range(50)), breaks=[3, 100, 99, 250])
+    job = sent(client).id
+    client.jobs[0].status = "SUCCEEDED"
+    shown: list[str] = []
+    assert follow(client, job, shown.append, sleep=lambda _: None) == 0
+    assert "".join(shown) == client.logs
+
+
+def test_a_cluster_out_of_reach_is_waited_for_but_not_for_ever() -> None:
+    client = FakeClient(away=MOST_LOST - 1)
+    job = sent(client).id
+    client.jobs[0].status = "SUCCEEDED"
+    assert follow(client, job, lambda _: None, sleep=lambda _: None) == 0
+    client.away = MOST_LOST
+    with pytest.raises(OrchardistError, match="http://head:8265 does not answer any more"):
+        follow(client, job, lambda _: None, sleep=lambda _: None)
+
+
+# --- The command ---
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--address", "http://127.0.0.1:1"), "--store ./orchard: a relative path"),
+        (("--address", "http://127.0.0.1:1", "--store", "/shared/a"), "no Ray dashboard at http://127.0.0.1:1"),
+        (("--address", "auto", "--store", "/shared/a"), "a job is submitted over HTTP"),
+        (("--address", "http://127.0.0.1:1", "--store", "/a", "--include", ".env"), "there is no such file"),
+        (("--store", "/shared/a"), "Missing option '--address'"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_sent(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small.write_task(tmp_path)
+    (tmp_path / "study.toml").write_text(STUDY)
+    done = shell("submit", "study.toml", *words)
+    assert done.code == 2
+    assert says in done.err
+
+
+def test_leaving_a_job_that_is_followed_leaves_it_running(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = FakeClient()
+
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orchestrator.jobs.submit.connect", lambda address: client)
+    monkeypatch.setattr("orchestrator.jobs.submit.follow", interrupted)
+    monkeypatch.chdir(tmp_path)
+    small.write_task(tmp_path)
+    (tmp_path / "study.toml").write_text(STUDY)
+    done = shell("submit", "study.toml", "--address", "http://head:8265", "--store", "/shared/a", "--follow")
+    assert done.code == 130
+    job = client.jobs[0].submission_id
+    assert done.err.splitlines()[-1] == (
+        f"the job {job} goes on; the same command joins it again. "
+        f"To stop it: ray job stop --address http://head:8265 {job}"
+    )
+
+
+# --- An address, and who may come in ---
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """An HTTP server that answers every GET as told."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            code, body = self.server.answers(self.headers)  # type: ignore[attr-defined]
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        thread = threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield found
+        found.shutdown()
+        thread.join()
+
+
+def address_of(server: Any) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+@pytest.mark.parametrize("address", ["auto", "head:6379", "ray://head:10001", "http://user:word@head:8265"])
+def test_an_address_that_speaks_no_http_is_refused(address: str) -> None:
+    with pytest.raises(InputError, match="legal: http://HEAD:8265"):
+        connect(address)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((200, b"hello"), "something else than Ray answers there"),
+        ((200, b"[]"), "something else than Ray answers there"),
+        ((404, b""), "HTTP status 404"),
+    ],
+)
+def test_another_server_is_no_dashboard(server: Any, answer: tuple[int, bytes], says: str) -> None:
+    server.answers = lambda headers: answer
+    with pytest.raises(InputError, match=says):
+        connect(address_of(server))
+
+
+def test_an_address_at_which_nothing_answers_is_one_line() -> None:
+    with pytest.raises(InputError, match=r"no Ray dashboard at http://127.0.0.1:1: Connection refused") as error:
+        connect("http://127.0.0.1:1")
+    assert "\n" not in str(error.value)
+
+
+def guarded(headers: Mapping[str, str]) -> tuple[int, bytes]:
+    given = headers.get("Authorization")
+    if given is None:
+        return 401, b"Unauthorized"
+    return (200, b'{"ray_version": "2.60.0"}') if given == f"Bearer {TOKEN}" else (403, b"Forbidden")
+
+
+def test_a_missing_token_and_a_wrong_one_are_told_apart(
+    server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    server.answers = guarded
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InputError, match="wants a token, and there is none here: set RAY_AUTH_TOKEN"):
+        connect(address_of(server))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "hunter2hunter2")
+    with pytest.raises(InputError, match="does not accept this token") as error:
+        connect(address_of(server))
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["environment", "path", "home"])
+def test_the_token_is_found_where_ray_finds_it(
+    server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    server.answers = guarded
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / (".ray/auth_token" if place == "home" else "token")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(TOKEN + "\n")
+    if place == "environment":
+        monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    elif place == "path":
+        monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
+    assert connect(address_of(server)).get_address() == address_of(server)
+
+
+def test_a_token_is_shown_to_no_server_that_does_not_ask(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def answers(headers: Mapping[str, str]) -> tuple[int, bytes]:
+        seen.append(headers.get("Authorization"))
+        return 200, b'{"ray_version": "2.60.0"}'
+
+    server.answers = answers
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    connect(address_of(server))
+    assert set(seen) == {None}
+
+
+# --- The real thing ---
+
+
+def orchardist(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    bare = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_AUTH", "ORCHARDIST_"))}
+    code = "from orchestrator.cli import main; main()"
+    root = str(Path(__file__).resolve().parents[2])
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd,
+        env=bare | {"PYTHONPATH": root, "HOME": str(cwd)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.ray
+def test_a_study_is_submitted_with_a_token_and_refused_without(tmp_path: Path) -> None:
+    place = tmp_path / "two words"
+    place.mkdir()
+    small.write_task(place)
+    (place / "study.toml").write_text(STUDY)
+    (place / ".env").write_text("AWS_SECRET_ACCESS_KEY=hunter2hunter2")
+    store = tmp_path / "store"
+    with head(tmp_path) as (dashboard, gcs):
+        words = ("submit", "study.toml", "--address", dashboard, "--store", str(store), "--workers", "1")
+        without = orchardist(*words, "--follow", cwd=place)
+        assert without.returncode == 2
+        assert "wants a token" in without.stderr and len(without.stderr.splitlines()) == 1
+
+        followed = orchardist(*words, "--follow", cwd=place, RAY_AUTH_TOKEN=TOKEN)
+        assert followed.returncode == 0, followed.stdout + followed.stderr
+        assert STARTED in followed.stdout and "The knee of the front" in followed.stdout
+        assert "sent my_task.py" in followed.stderr and ".env" not in followed.stderr
+        assert not any(word in followed.stdout + followed.stderr for word in ("hunter2", TOKEN))
+
+        nowhere = (*words[:4], "--store", str(place / "study.toml"))
+        refused = orchardist(*nowhere, cwd=place, RAY_AUTH_TOKEN=TOKEN)
+        assert refused.returncode == 2
+        assert refused.stderr.splitlines()[-1].startswith("on the cluster: cannot open the store")
+
+        examined = orchardist(
+            *("doctor", "--address", gcs, "--store", str(store), "--format", "json"),
+            cwd=place,
+            RAY_AUTH_TOKEN=TOKEN,
+            RAY_AUTH_MODE="token",
+        )
+        assert examined.returncode == 0, examined.stdout + examined.stderr
+        found = {(row["what"], row["state"]) for row in json.loads(examined.stdout)}
+        assert {("auth", "ok"), ("store", "ok"), ("versions", "ok"), ("clock", "ok"), ("gpu", "ok")} <= found
+    stood = json.loads(orchardist("status", "small", "--store", str(store), "--format", "json", cwd=place).stdout)
+    assert stood["trials"]["done"] == 4
