@@ -202,7 +202,7 @@ def test_searches_start_from_bit_equal_shared_tensors(root: Path, epoch: int) ->
     trained = by_key[by_key[ticket.searches[1]].parents[0]]
     start, ancestor = states[trained.parents[0]], states[ticket.ancestor]
     shared = [name for name, weight in start.weights.items() if weight.shape == ancestor.weights[name].shape]
-    assert shared == ["0.weight", "0.bias"]
+    assert shared == ["0.bias", "0.weight"]
     assert all(torch.equal(start.weights[name], ancestor.weights[name]) for name in shared)
     assert not torch.equal(states[trained.key].weights[BODY], states[plan.points[0][1]].weights[BODY])
 

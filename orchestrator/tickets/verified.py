@@ -80,7 +80,7 @@ def verify(
         _verify_reset(kind, made, source, trained)
     if facts["weights"] != "ancestor":
         _verify_other(kind, made, ancestor, source)
-    for name in made.weights:
+    for name in sorted(made.weights, key=lambda name: name not in made.masks):
         _verify_weight(kind, name, made, source, ancestor)
 
 

@@ -64,7 +64,7 @@ def launched(folder: Path, *arguments: str, plot: str) -> subprocess.Popen[str]:
         f"exec({plot!r}, fake.__dict__)\n"
         "sys.modules['orchestrator.cli'] = fake\n"
     )
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), root])}
     return subprocess.Popen(
         [sys.executable, "-m", "orchestrator.jobs.entrypoint", *arguments],

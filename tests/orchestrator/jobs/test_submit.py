@@ -411,7 +411,7 @@ def test_a_token_is_shown_to_no_server_that_does_not_ask(server: Any, monkeypatc
 def orchardist(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_AUTH", "ORCHARDIST_"))}
     code = "from orchestrator.cli import main; main()"
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=cwd,

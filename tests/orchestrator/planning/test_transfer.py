@@ -20,7 +20,7 @@ from orchestrator.planning.trial import dense_plan, trial_plan
 from orchestrator.settings import OtherTask, PruneSettings, TicketSettings, TrainSettings
 from orchestrator.tasks.info import GivenTicket, Layer, TaskInfo
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "plan_keys.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "plan_keys.json"
 BODY = Layer(name="body.weight", shape=(4, 5))
 ALONE = TaskInfo(digest="t", layers=(BODY, Layer(name="out.weight", shape=(3, 4))), train_examples=95)
 OTHER = TaskInfo(digest="o", layers=(BODY, Layer(name="out.weight", shape=(2, 4))), train_examples=41)
