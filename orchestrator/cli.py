@@ -12,20 +12,18 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from orchestrator.canonical import finite
 from orchestrator.errors import InputError, OrchardistError, WorkersUnusable
+from orchestrator.printing import Format, cell, front_rows, print_json, print_rows, print_table
 from orchestrator.store.files import without_credentials
 from orchestrator.store.paths import DEFAULT_STORE
 
 if TYPE_CHECKING:
-    from orchestrator.front import Front
     from orchestrator.pools.protocol import Pool
     from orchestrator.study import Study
 
@@ -40,14 +38,6 @@ app = typer.Typer(
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """What the words of a command line are refused with."""
-
-
-class Format(StrEnum):
-    """How results are printed."""
-
-    table = "table"
-    json = "json"
-    csv = "csv"
 
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="the study file (TOML)")]
@@ -106,7 +96,7 @@ def run(
     if standing.ended < opened.spec.trials:
         print(f"the {opened.spec.sampler} sampler has no more than {standing.ended} proposals", file=sys.stderr)
     found = opened.front()
-    _print_table(_front_rows(found))
+    print_table(front_rows(found))
     if not found.points:
         bounds = ", ".join(f"{name} {bound}" for name, bound in opened.spec.constraints.items())
         print(f"no point keeps the study's constraints ({bounds})", file=sys.stderr)
@@ -183,7 +173,7 @@ def status(study: StudyName, store: StoreUrl = DEFAULT_STORE, format: Formatted 
     """How a study stands: trials, epochs asked for and run, failures."""
     found = _open(study, store).status()
     if format is Format.json:
-        _print_json(found)
+        print_json(found)
         return
     flat = [
         {"what": f"{what} {name}" if name else what, "value": value}
@@ -192,7 +182,7 @@ def status(study: StudyName, store: StoreUrl = DEFAULT_STORE, format: Formatted 
         for name, value in (values.items() if isinstance(values, Mapping) else [("", values)])
     ]
     flat += [{"what": f"failure of trial {number}", "value": reason} for number, reason in found["failures"].items()]
-    _print_rows(flat, format)
+    print_rows(flat, format)
 
 
 @app.command()
@@ -222,9 +212,9 @@ def front(
         plot_front(opened[0], found, plot)
         print(f"drawn in {plot}", file=sys.stderr)
     if format is Format.json:
-        _print_json(found.as_json())
+        print_json(found.as_json())
     else:
-        _print_rows(_front_rows(found, whole=format is Format.csv), format)
+        print_rows(front_rows(found, whole=format is Format.csv), format)
 
 
 @app.command()
@@ -257,9 +247,9 @@ def tickets(
             print(*(f"drawn: {path}" for path in drawn.files), sep="\n")
             print(*(f"not drawn: {line}" for line in drawn.left_out), sep="\n")
     if format is Format.json:
-        _print_json(found)
+        print_json(found)
         return
-    _print_rows(rows(found), format)
+    print_rows(rows(found), format)
     for ticket in found["tickets"] if format is Format.table else ():
         if ticket["controls"]:
             print(f"\n{ticket['key'][:12]}: {ticket['says']}")
@@ -271,13 +261,13 @@ def tickets(
         from orchestrator.tickets.study import structure as ticket_structure
 
         print("\nShares of empty and full groups, beside count-matched random masks:")
-        _print_table(ticket_structure.rows(found))
+        print_table(ticket_structure.rows(found))
         print("", *ticket_structure.says(found), sep="\n")
     if stability:
         from orchestrator.tickets.study import stability as ticket_stability
 
         print("\nError barriers between siblings:")
-        _print_table(ticket_stability.rows(found))
+        print_table(ticket_stability.rows(found))
 
 
 @app.command()
@@ -322,11 +312,11 @@ def fetch(
         if name in card["refused"]:
             print(f"not written as {name}: {card['refused'][name]}", file=sys.stderr)
     if "json" in formats:
-        _print_json(card)
+        print_json(card)
         return
     print(f"{folder}: {', '.join(sorted(card['files']))}, card.json")
     measures = ("accuracy", "test_accuracy", "sparsity", "nonzero_params")
-    print(", ".join(f"{name} {_cell(card['measures'][name])}" for name in measures if name in card["measures"]))
+    print(", ".join(f"{name} {cell(card['measures'][name])}" for name in measures if name in card["measures"]))
     print(card["says"])
     alone = card["task"] in _builtin_tasks() or "model.pt2" in card["files"]
     task = "" if alone else f", task={card['task']!r}"
@@ -348,9 +338,9 @@ def measure(
     with redirect_stdout(sys.stderr):  # the user's task, which is run, may print
         card = certified(folder, task, device=device, threads=threads)
     if format is Format.json:
-        _print_json(card["measured"])
+        print_json(card["measured"])
         return
-    _print_rows(latency_rows(card["measured"]["latency"]), format)
+    print_rows(latency_rows(card["measured"]["latency"]), format)
     if format is Format.table:
         print(f"\n{card['measured']['says']}\nAdded to {folder / 'card.json'}.")
 
@@ -381,19 +371,19 @@ def responsible(
         opened = _open(study, store)
         found = account(opened, key, where=where, minimise=minimise, learnt_above=learnt_above, told=told)
     if format is Format.json:
-        _print_json(found)
+        print_json(found)
     elif format is Format.csv:
-        _print_rows(found["rows"], format)
+        print_rows(found["rows"], format)
     else:
         print("\n".join(words.leads(found)), end="\n\n")
-        _print_table(words.table(found))
+        print_table(words.table(found))
         for title, rows in (
             ("Examples on which dense and pruned differ", words.disagreement_rows(found)),
             ("What the change of a class goes with", words.model_rows(found["model"])),
         ):
             if rows:
                 print(f"\n{title}:")
-                _print_table(rows)
+                print_table(rows)
         print("\n".join(f"Note: {note}." for note in found["model"]["notes"]))
 
 
@@ -415,7 +405,7 @@ def list_(
     """Every choice of a kind, with a line of what it is; without WHAT, the kinds."""
     from orchestrator.catalogue import KINDS, catalogue
 
-    _print_rows(catalogue(what) if what else [{"kind": kind} for kind in KINDS], format)
+    print_rows(catalogue(what) if what else [{"kind": kind} for kind in KINDS], format)
 
 
 @app.command()
@@ -429,7 +419,7 @@ def gc(
     swept = _open(study, store).sweep(dry_run=dry_run)
     found = {"study": swept.study, "removed": not dry_run, "states": swept.states, "bytes": swept.bytes}
     if format is not Format.table:
-        _print_rows([found | {"kept": swept.kept}], format)
+        print_rows([found | {"kept": swept.kept}], format)
         return
     would = "would remove" if dry_run else "removed"
     print(f"{would} {swept.states:,} states, {swept.bytes:,} bytes; {swept.kept:,} states are kept")
@@ -444,7 +434,7 @@ def check(
     from orchestrator.spec import StudySpec
 
     if schema:
-        _print_json(StudySpec.model_json_schema())
+        print_json(StudySpec.model_json_schema())
         return
     if study is None:
         raise InputError("check wants a STUDY file, or --schema")
@@ -475,12 +465,12 @@ def doctor(
 
     findings = examine(store, address)
     if format is Format.table:
-        _print_table([{name: value for name, value in f.as_row().items() if name != "advice"} for f in findings])
+        print_table([{name: value for name, value in f.as_row().items() if name != "advice"} for f in findings])
         for finding in findings:
             if finding.advice:
                 print(f"\n{finding.what} of {finding.where}: {finding.advice}")
     else:
-        _print_rows([finding.as_row() for finding in findings], format)
+        print_rows([finding.as_row() for finding in findings], format)
     if any(finding.state == "wrong" for finding in findings):
         raise typer.Exit(1)
 
@@ -580,79 +570,6 @@ def _builtin_tasks() -> Sequence[str]:
     return list(BUILTIN)
 
 
-def _front_rows(found: Front, *, whole: bool = False) -> list[dict[str, Any]]:
-    """The front as rows, the dense model last; every objective and its test twin, then the size. `whole` keys."""
-    names = list(dict.fromkeys(objective.column for objective in found.objectives))
-    shown = list(dict.fromkeys([n for name in names for n in (name, f"test_{name}")] + ["sparsity", "nonzero_params"]))
-    length = None if whole else 12
-    constant = _constant([point["params"] for point in found.points])
-    rows = []
-    for index, point in enumerate(found.points):
-        params = ", ".join(_said(name, value) for name, value in point["params"].items() if name not in constant)
-        knee = index == found.knee and len(found.points) > 1
-        rows.append(
-            ({"study": point["study"]} if "study" in point else {})
-            | {"key": point["key"][:length], "trial": point["trial"], "round": point["round"], "n": point["n"]}
-            | {name: point[name] for name in shown if name in point}
-            | (point["params"] | {"knee": knee} if whole else {"params": params + (" <- knee" if knee else "")})
-        )
-    if found.dense is not None:
-        rows.append(
-            {"key": found.dense["key"][:length], "trial": "dense", "round": 0, "n": found.dense["n"]}
-            | {name: found.dense[name] for name in shown if name in found.dense}
-            | ({} if whole else {"params": "the unpruned model"})
-        )
-    return rows
-
-
 def _program() -> str:
     """The command as it was called, where its folder is not on the path."""
     return "orchardist" if shutil.which("orchardist") == os.path.abspath(sys.argv[0]) else shlex.quote(sys.argv[0])
-
-
-def _constant(params: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Names of parameters with one value for all: they tell no row from another."""
-    names = {name for row in params for name in row}
-    return {name for name in names if len(params) > 1 and len({repr(row.get(name)) for row in params}) == 1}
-
-
-def _said(name: str, value: Any) -> str:
-    """A parameter in few words: a name speaks for itself, a number needs its own."""
-    shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return shown if isinstance(value, str) else f"{name}={shown}"
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(finite(document), indent=2, default=str, allow_nan=False))
-
-
-def _print_rows(rows: Sequence[Mapping[str, Any]], format: Format) -> None:
-    if format is Format.json:
-        _print_json(rows)
-    elif format is Format.csv:
-        import csv
-
-        writer = csv.DictWriter(sys.stdout, fieldnames=_names(rows), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    else:
-        _print_table(rows)
-
-
-def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Columns under their names, as wide as they must be; the same on a terminal and in a file."""
-    names = _names(rows)
-    cells = [names, *([_cell(row.get(name, "")) for name in names] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.0f}" if value >= 100 else f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
