@@ -7,7 +7,7 @@ TORCH_FLAGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench figures wheel clean
+.PHONY: help demo test slow check chaos fuzz bench figures wheel clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -31,6 +31,9 @@ demo: .venv/installed ## 40 prune-train trials on MNIST digits with two workers,
 test: .venv/installed ## every test that takes seconds
 	$(BIN)/python -m pytest -m "not slow"
 
+slow: .venv/installed ## the other tests, which take minutes
+	$(BIN)/python -m pytest -m slow
+
 check: .venv/installed ## lint, format, types, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,6 +42,12 @@ check: .venv/installed ## lint, format, types, and who imports whom
 
 bench: .venv/installed ## the figures beside Ray Tune and Optuna, as one Markdown table (about ten minutes)
 	@$(BIN)/python -m tests.benchmarks
+
+chaos: .venv/installed ## everything is killed, torn, filled up or told the wrong time, as a Markdown table (about ten minutes)
+	@$(BIN)/python -m tests.chaos
+
+fuzz: .venv/installed ## 10,000 damaged study files and 1,000 damaged stores (about five minutes)
+	$(BIN)/python -m pytest -m slow tests/orchestrator/test_spec_fuzz.py tests/orchestrator/store/test_fuzz.py
 
 figures: .venv/installed ## what papers on lottery tickets found, measured here, as Markdown tables (about an hour)
 	@$(BIN)/python -m tests.figures

@@ -39,7 +39,7 @@ def _registered(module: str, name: str, *facts: str) -> Callable[[], Rows]:
         registry: Registry[Any] = getattr(import_module(module), name)
         return _with_papers(
             registry,
-            [{"name": e.name, **{f: str(e.facts.get(f, "-")) for f in facts}, "what": e.summary} for e in registry],
+            [{"name": e.name, **{f: str(e.facts.get(f) or "-") for f in facts}, "what": e.summary} for e in registry],
         )
 
     return rows
@@ -53,6 +53,36 @@ def _criterion(entry: Entry[Any]) -> dict[str, Any]:
     own = ", ".join(f"{name} = {value}" for name, value in criteria.parameters(entry).items())
     needs = ", ".join(criteria.needs(entry))
     return {"name": entry.name, "needs": needs or "-", "parameters": own or "-", "what": entry.summary}
+
+
+def _settings() -> Rows:
+    """Every key of a study file's tables, with its default."""
+    sections: dict[str, type[settings.Section]] = {
+        "train": settings.TrainSettings,
+        "prune": settings.PruneSettings,
+        "space": settings.Choices,
+        "tickets": settings.TicketSettings,
+    }
+    return [
+        {"name": f"{table}.{name}", "default": _shown(key.default), "what": key.description or _legal(key.annotation)}
+        for table, section in sections.items()
+        for name, key in section.model_fields.items()
+    ]
+
+
+def _shown(default: Any) -> str:
+    empty = default is None or default == "" or (isinstance(default, (tuple, dict)) and not default)
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, tuple) and default:
+        return ", ".join(default)
+    return "-" if empty else str(default)
+
+
+def _legal(annotation: Any) -> str:
+    """What may stand there, where the type says it all."""
+    names = [str(name) for name in get_args(annotation) if isinstance(name, str)]
+    return f"one of {', '.join(names)}" if names else ""
 
 
 def _with_papers(registry: Registry[Any], rows: Rows) -> Rows:
@@ -101,7 +131,7 @@ STRUCTURES = {
     "neuron": "outputs of linear layers, with the weights that read them",
     "filter": "outputs of convolutions, with the weights that read them",
     "channel": "outputs of linear layers and convolutions alike, scored over all that makes and reads them",
-    "head": "attention heads",
+    "head": "heads of nn.MultiheadAttention, with their part of its output projection",
     "layer": "whole layers that a skip connection passes by",
     "N:M": "N weights are kept of every M along the inputs, such as 2:4",
     "RxC": "blocks of R x C weights, such as 4x1",
@@ -139,11 +169,12 @@ KINDS: dict[str, Callable[[], Rows]] = {
     "retrain": _described(RETRAIN),
     "phases": _described(PHASES),
     "penalties": _registered("orchestrator.pruning.penalties", "PENALTIES"),
-    "regrowths": _registered("orchestrator.pruning.regrow", "REGROW"),
+    "regrowths": _registered("orchestrator.pruning.regrow", "REGROW", "needs"),
     "rules": _described(RULES),
     "controls": _controls,
     "optimizers": _registered("orchestrator.training.optimizers", "OPTIMIZERS"),
     "lr-schedules": _described(LR_SCHEDULES),
+    "settings": _settings,
     "samplers": _described(SAMPLERS),
     "objectives": _objectives,
     "metrics": _registered("orchestrator.tasks.metrics", "METRICS", "direction"),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from orchestrator.errors import InputError, OrchardistError, WorkersUnusable
-from orchestrator.printing import Format, cell, front_rows, print_json, print_rows, print_table
+from orchestrator.printing import Format, cell, front_rows, hypervolume_line, print_json, print_rows, print_table
 from orchestrator.store.files import without_credentials
 from orchestrator.store.paths import DEFAULT_STORE
 
@@ -50,6 +50,15 @@ Where = Annotated[list[str], typer.Option("--where", metavar="BOUND", help='such
 Minimise = Annotated[
     str | None, typer.Option("--minimise", metavar="MEASURE", help="then the one with the least of it")
 ]
+GpusPerWorker = Annotated[
+    float | None, typer.Option(min=0, help="share of a GPU for each worker; 0: the CPU; default: 1 where there are any")
+]
+Resource = Annotated[
+    list[str], typer.Option(metavar="NAME=AMOUNT", help="a custom resource that each worker takes; repeatable")
+]
+LabelSelector = Annotated[
+    list[str], typer.Option(metavar="KEY=VALUE", help="workers only on nodes with this label; repeatable")
+]
 _LONGEST_WAIT_SECONDS = 5.0
 
 
@@ -59,22 +68,28 @@ def run(
     store: StoreUrl = DEFAULT_STORE,
     workers: Annotated[int | None, typer.Option(min=1, help="worker processes; default: all there is room for")] = None,
     address: Annotated[str | None, typer.Option(help="join a running Ray cluster from one of its nodes")] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="share of a GPU for each worker; 0 forces the CPU")
-    ] = None,
+    gpus_per_worker: GpusPerWorker = None,
+    resource: Resource = [],  # noqa: B006 typer wants a list
+    label_selector: LabelSelector = [],  # noqa: B006 typer wants a list
     local: Annotated[bool, typer.Option("--local", help="run in this process, without Ray")] = False,
+    log: Annotated[
+        str | None, typer.Option(metavar="FILE", help="add a JSON line for each thing that happens; -: on stderr")
+    ] = None,
     accept_task_change: Annotated[
         bool, typer.Option("--accept-task-change", help="go on although the task's code or data changed")
     ] = False,
 ) -> None:
     """Run a study, or go on where it stopped."""
-    from orchestrator.progress import progress
+    from orchestrator.joblog import lines_to
+    from orchestrator.pools.share import share
+    from orchestrator.progress import Silent, progress
 
+    taken = share(gpus_per_worker, resource, label_selector)
     opened = _from_file(study, store)
     if not local and store.startswith("memory://"):
         raise InputError(f"--store {store}: memory lives in one process; legal with workers: a folder or another URL")
-    if local and (workers or address or gpus_per_worker):
-        raise InputError("--local runs in this process: legal without --workers, --address and --gpus-per-worker")
+    if local and (workers or address or taken != share(None, [], [])):
+        raise InputError("--local runs in this process: legal without --workers, --address and what workers take")
 
     def pool() -> Pool:
         if local:
@@ -83,9 +98,13 @@ def run(
             return LocalPool()
         from orchestrator.pools.ray import RayPool
 
-        return RayPool(workers, address=address, gpus_per_worker=gpus_per_worker)
+        return RayPool(workers, address=address, share=taken)
 
-    standing = opened.run(pool, progress=progress(), accept_task_change=accept_task_change)
+    with lines_to(log):
+        shown = Silent() if log == "-" else progress()
+        standing = opened.run(pool, progress=shown, accept_task_change=accept_task_change)
+    for line in opened.noted().get("warm_start", {}).get("says", ()):
+        print(line, file=sys.stderr)
     if standing.failed:
         print(f"{standing.failed} trials failed; the last: {standing.last_failure}", file=sys.stderr)
     if not standing.done:
@@ -93,8 +112,8 @@ def run(
             print(standing.dense_failure or "every trial failed", file=sys.stderr)
             raise typer.Exit(1)
         return
-    if standing.ended < opened.spec.trials:
-        print(f"the {opened.spec.sampler} sampler has no more than {standing.ended} proposals", file=sys.stderr)
+    if few := opened.spec.too_few():
+        print(f"{study}: {few}", file=sys.stderr)
     found = opened.front()
     print_table(front_rows(found))
     if not found.points:
@@ -114,9 +133,9 @@ def submit(
     store: StoreUrl = DEFAULT_STORE,
     follow: Annotated[bool, typer.Option("--follow", help="show what the driver writes until the study ends")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="worker processes; default: all there is room for")] = None,
-    gpus_per_worker: Annotated[
-        float | None, typer.Option(min=0, help="share of a GPU for each worker; 0 forces the CPU")
-    ] = None,
+    gpus_per_worker: GpusPerWorker = None,
+    resource: Resource = [],  # noqa: B006 typer wants a list
+    label_selector: LabelSelector = [],  # noqa: B006 typer wants a list
     include: Annotated[
         list[Path],
         typer.Option("--include", metavar="PATH", help="a file or folder below the study's to send too; repeatable"),
@@ -128,15 +147,19 @@ def submit(
     """Run a study on a Ray cluster, as a job: it goes on when this machine is switched off."""
     from orchestrator.jobs import submit as jobs
     from orchestrator.jobs.shipping import shipment
+    from orchestrator.pools.share import share
     from orchestrator.spec import StudySpec
 
     jobs.refuse_store(store)
+    share(gpus_per_worker, resource, label_selector)
     shipped = shipment(study, include)
     name = StudySpec.load(study).name
     client = jobs.connect(address)
     options = ["--store", store]
     for option, value in (("--workers", workers), ("--gpus-per-worker", gpus_per_worker)):
-        options += [] if value is None else [option, f"{value:g}"]
+        options += [] if value is None else [option, str(value)]
+    options += [word for text in resource for word in ("--resource", text)]
+    options += [word for text in label_selector for word in ("--label-selector", text)]
     options += ["--accept-task-change"] if accept_task_change else []
     command = jobs.entrypoint(shipped, options)
     found = jobs.submit(client, shipped, name=name, store=store, command=command)
@@ -169,8 +192,25 @@ def submit(
 
 
 @app.command()
-def status(study: StudyName, store: StoreUrl = DEFAULT_STORE, format: Formatted = Format.table) -> None:
+def status(
+    study: StudyName,
+    store: StoreUrl = DEFAULT_STORE,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="show it anew until the study ends; Ctrl-C ends the look, not the study")
+    ] = False,
+    format: Formatted = Format.table,
+) -> None:
     """How a study stands: trials, epochs asked for and run, failures."""
+    if watch:
+        from orchestrator import watching
+
+        if format is not Format.table:
+            raise InputError("--watch shows lines: legal without --format")
+        try:
+            state = watching.watch(lambda: _open(study, store).status())
+        except KeyboardInterrupt:
+            raise _Left(130) from None
+        print(f"the study is {state}", file=sys.stderr)
     found = _open(study, store).status()
     if format is Format.json:
         print_json(found)
@@ -197,9 +237,12 @@ def front(
     format: Formatted = Format.table,
 ) -> None:
     """The models that no other model beats in every objective."""
+    from orchestrator.front import column_of
+    from search.query import parse
+
     if plot is not None and len(studies) > 1:
         raise InputError("--plot draws one study: legal with one name")
-    opened = [_open(study, store) for study in studies]
+    opened = [_open(study, store) for study in dict.fromkeys(studies)]
     if len(opened) == 1:
         found = opened[0].front(where, minimise)
     else:
@@ -214,7 +257,10 @@ def front(
     if format is Format.json:
         print_json(found.as_json())
     else:
-        print_rows(front_rows(found, whole=format is Format.csv), format)
+        asked = [column_of(name) for name in (*(parse(bound).measure for bound in where), minimise) if name]
+        print_rows(front_rows(found, whole=format is Format.csv, also=asked), format)
+        if format is Format.table and (line := hypervolume_line(found)):
+            print(f"\n{line}")
 
 
 @app.command()
@@ -223,16 +269,20 @@ def tickets(
     store: StoreUrl = DEFAULT_STORE,
     plot: Annotated[Path | None, typer.Option(metavar="DIR", help="draw them as PNG files in this folder")] = None,
     structure: Annotated[bool, typer.Option("--structure", help="show what the masks leave empty and full")] = False,
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="show where searches and tickets agree, beside chance")
+    ] = False,
     stability: Annotated[
         bool, typer.Option("--stability", help="measure the error between siblings, where it was not yet")
     ] = False,
     format: Formatted = Format.table,
 ) -> None:
     """A study's lottery tickets beside their controls at equal sparsity, with what may be claimed."""
-    from orchestrator.tickets.study.table import rows
+    from orchestrator.tickets.study.table import rows, says
 
-    if format is Format.csv and (structure or stability):
-        raise InputError("--format csv is the table of tickets alone: legal with --structure, --stability: table, json")
+    if format is Format.csv and (structure or agreement or stability):
+        more = "--structure, --agreement, --stability"
+        raise InputError(f"--format csv is the table of tickets alone: legal with {more}: table, json")
     opened = _open(study, store)
     with redirect_stdout(sys.stderr):  # the user's task, which may be run, may print
         if stability:
@@ -240,6 +290,10 @@ def tickets(
 
             measure(opened, told=lambda line: print(line, file=sys.stderr))
         found = opened.tickets(structure=structure or format is Format.json)
+        if agreement:
+            from orchestrator.tickets.study import agreement as ticket_agreement
+
+            found["agreement"] = ticket_agreement.agreements(opened)
         if plot is not None:
             from orchestrator.report.ticket_plots import plot_tickets
 
@@ -250,19 +304,18 @@ def tickets(
         print_json(found)
         return
     print_rows(rows(found), format)
-    for ticket in found["tickets"] if format is Format.table else ():
-        if ticket["controls"]:
-            print(f"\n{ticket['key'][:12]}: {ticket['says']}")
-        for moved in ticket["transfers"]:
-            print(f"{moved['key'][:12]}: {moved['says']}")
-    if format is Format.table and not any(ticket["controls"] or ticket["transfers"] for ticket in found["tickets"]):
-        print("\nThey were compared with nothing: [tickets] controls says with what.")
+    if format is Format.table:
+        print("", *says(found), sep="\n")
     if structure:
         from orchestrator.tickets.study import structure as ticket_structure
 
         print("\nShares of empty and full groups, beside count-matched random masks:")
         print_table(ticket_structure.rows(found))
         print("", *ticket_structure.says(found), sep="\n")
+    if agreement:
+        print("\nAgreement of masks, beside chance:")
+        print_table(ticket_agreement.rows(found["agreement"]))
+        print("", *ticket_agreement.says(found["agreement"]), sep="\n")
     if stability:
         from orchestrator.tickets.study import stability as ticket_stability
 
@@ -287,6 +340,9 @@ def fetch(
     ticket: Annotated[
         bool, typer.Option("--ticket", help="write the lottery ticket alone, a small file to try elsewhere")
     ] = False,
+    recipe: Annotated[
+        bool, typer.Option("--recipe", help="with --ticket: how its weights are made, in the place of the weights")
+    ] = False,
 ) -> None:
     """Write one model: weights, masks, and a card that says what it is, with the proof and its speed on this device."""
     from orchestrator.export import FORMATS
@@ -297,11 +353,13 @@ def fetch(
             raise InputError(f"--format {name} is unknown; legal: {', '.join(FORMATS)}, json")
     if key is not None and (where or minimise):
         raise InputError("a KEY names one model: legal without --where and --minimise")
+    if recipe and not ticket:
+        raise InputError("--recipe is of a ticket: legal with --ticket")
     if ticket:
         if formats != ["safetensors"]:
             raise InputError("--ticket writes one file: legal without --format")
         with redirect_stdout(sys.stderr):  # the user's task, which may be run for the weights, may print
-            file = _open(study, store).fetch_ticket(key, output, where=where, minimise=minimise)
+            file = _open(study, store).fetch_ticket(key, output, where=where, minimise=minimise, recipe=recipe)
         print(f"{file}: {file.stat().st_size:,} bytes")
         return
     written = [name for name in formats if name in FORMATS]
@@ -318,6 +376,12 @@ def fetch(
     measures = ("accuracy", "test_accuracy", "sparsity", "nonzero_params")
     print(", ".join(f"{name} {cell(card['measures'][name])}" for name in measures if name in card["measures"]))
     print(card["says"])
+    if card["prunings"] and card["prunings"]["prunings"]:
+        from orchestrator.export.lineage import rows as pruning_rows
+
+        print()
+        print_table(pruning_rows(card["prunings"]))
+        print()
     alone = card["task"] in _builtin_tasks() or "model.pt2" in card["files"]
     task = "" if alone else f", task={card['task']!r}"
     print(f"In Python: orchestrator.load({str(folder)!r}{task})")
@@ -388,6 +452,24 @@ def responsible(
 
 
 @app.command()
+def techniques(
+    studies: Annotated[list[str], typer.Argument(metavar="STUDY|NAME...", help="study files or names of one store")],
+    store: StoreUrl = DEFAULT_STORE,
+    format: Formatted = Format.table,
+) -> None:
+    """Which way of pruning did best at which sparsity in a store's history, and whether that is sure."""
+    from orchestrator import techniques as history_of
+
+    found = history_of.techniques([_open(study, store) for study in dict.fromkeys(studies)])
+    if format is Format.json:
+        print_json(found)
+        return
+    print_rows(history_of.rows(found), format)
+    if format is Format.table:
+        print(f"\nRead as: {found['method']}.", *(f"Note: {note}." for note in found["notes"]), sep="\n")
+
+
+@app.command()
 def report(
     study: StudyName,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="the file to write")],
@@ -395,6 +477,30 @@ def report(
 ) -> None:
     """Write one HTML file that shows a study: its front, its search, who pays, and what is missing. Opens offline."""
     print(f"written: {_open(study, store).report(output)}")
+
+
+@app.command()
+def export_optuna(
+    study: StudyName,
+    to: Annotated[str, typer.Option(metavar="URL", help="a database, such as sqlite:///study.db")],
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Write a study's trials into a database that optuna-dashboard opens; again, with what has come since."""
+    from orchestrator.trackers.optuna import export_optuna as exported
+
+    print(f"{exported(_open(study, store), to):,} trials written")
+
+
+@app.command()
+def export_mlflow(
+    study: StudyName,
+    to: Annotated[str, typer.Option(metavar="URI", help="MLflow's tracking URI, such as sqlite:///mlflow.db")],
+    store: StoreUrl = DEFAULT_STORE,
+) -> None:
+    """Log every measured round of a study as a run of MLflow; again, with what has come since."""
+    from orchestrator.trackers.mlflow import export_mlflow as exported
+
+    print(f"{exported(_open(study, store), to):,} runs added")
 
 
 @app.command(name="list")
@@ -419,16 +525,18 @@ def gc(
     swept = _open(study, store).sweep(dry_run=dry_run)
     found = {"study": swept.study, "removed": not dry_run, "states": swept.states, "bytes": swept.bytes}
     if format is not Format.table:
-        print_rows([found | {"kept": swept.kept}], format)
+        print_rows([found | {"kept": swept.kept, "checkpoints": swept.checkpoints}], format)
         return
     would = "would remove" if dry_run else "removed"
-    print(f"{would} {swept.states:,} states, {swept.bytes:,} bytes; {swept.kept:,} states are kept")
+    more = f" and {swept.checkpoints:,} checkpoints" if swept.checkpoints else ""
+    print(f"{would} {swept.states:,} states{more}, {swept.bytes:,} bytes; {swept.kept:,} states are kept")
 
 
 @app.command()
 def check(
     study: Annotated[Path | None, typer.Argument(metavar="STUDY", help="the study file (TOML)")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of study files")] = False,
+    format: Formatted = Format.table,
 ) -> None:
     """Find out what is wrong with a study and its task without running it."""
     from orchestrator.spec import StudySpec
@@ -440,9 +548,15 @@ def check(
         raise InputError("check wants a STUDY file, or --schema")
     opened = _from_file(study, "memory://check")
     info = opened.check()
-    for line in opened.warnings():
+    warned = opened.warnings()
+    for line in warned:
         print(f"{study}: {line}", file=sys.stderr)
     weights = sum(layer.size for layer in info.layers)
+    if format is not Format.table:
+        facts = {"layers": len(info.layers), "weights": weights, "train_examples": info.train_examples}
+        found = {"study": opened.spec.name, "task": opened.spec.task, **facts, "warnings": warned}
+        print_rows([found], format) if format is Format.csv else print_json(found)
+        return
     print(
         f"{study}: a good study. {opened.spec.trials} trials x {len(opened.spec.seeds)} seeds of "
         f"{opened.spec.task!r}: {len(info.layers)} prunable layers, {weights:,} weights, "

@@ -11,8 +11,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -22,11 +22,14 @@ from orchestrator.errors import InputError, StoreError
 from orchestrator.front import column_of
 from orchestrator.graph import Facts, Graph, Segment
 from orchestrator.history import History
+from orchestrator.joblog import doing
+from orchestrator.metrics import metrics
 from orchestrator.objectives import Objective
 from orchestrator.outcome import CONTROL_TRIAL, DENSE_TRIAL
 from orchestrator.plan import Plan
 from orchestrator.planning.trial import dense_plan, trial_plan
-from orchestrator.pools.protocol import Ended, Event, Failed, Pool, Reported
+from orchestrator.pools.protocol import RETRIED, Ended, Event, Failed, Pool, Reported
+from orchestrator.pools.retries import Retries
 from orchestrator.progress import Progress, Silent, Standing
 from orchestrator.settings import FINAL
 from orchestrator.spec import StudySpec
@@ -34,6 +37,7 @@ from orchestrator.store.lease import Lease
 from orchestrator.store.ledger import GRACE_SECONDS
 from orchestrator.store.store import Store
 from orchestrator.tasks.info import TaskInfo
+from orchestrator.warm_start import WarmStart
 from search.proposer import LEARNS, Ahead, Proposal, make
 from search.query import Bound, constraint, parse
 
@@ -42,11 +46,16 @@ _LOG = logging.getLogger("orchardist.driver")
 FLUSH_SECONDS = 0.25
 """What was measured waits at most this long to become durable; a state's header has a copy all the while."""
 
+PUBLISH_SECONDS = 1.0
+
 AHEAD = 128
 """Trials under way at a time for samplers that look at no result; those that learn get two for each worker."""
 
 MOST_CUTS = 32
 """A space with more places to rewind to than this has the dense training cut only where trials ask for it."""
+
+POINT_DIGITS = 12
+"""So many digits of its points' keys are noted with a trial that is done: enough to see that one is missing."""
 
 SHARED_FAILURE = "a stage that it shares with another trial failed"
 
@@ -65,6 +74,10 @@ class _Trial:
     missing: set[str] = field(default_factory=set)
     comparing: set[str] = field(default_factory=set)
     """Controls of its tickets that are still to come; one that fails is merely missing from the comparison."""
+    uncompared: set[str] = field(default_factory=set)
+    """Those of them that failed."""
+    again: bool = False
+    """It is done since an earlier run, and only controls that are missing are tried again."""
     failure: str = ""
 
     @property
@@ -90,6 +103,8 @@ class Setting:
     objectives: Sequence[Objective]
     code: Mapping[str, str]
     """Digests of the user's own functions, by name."""
+    warm: WarmStart = field(default_factory=WarmStart)
+    """What earlier studies give it to begin with."""
 
 
 class Driver:
@@ -115,20 +130,28 @@ class Driver:
         self._values: dict[str, Values] = {
             key: tuple(values.values()) for key, values in history.measured(store, self.spec.name, self.columns)
         }
-        if len(self._values) < past.outcomes:
+        lacking = self._lacking(past)
+        if lacking:
             _LOG.warning("outcomes of the study %s are missing; they are looked for in the states", self.spec.name)
-            past.endings.clear()
+            for number in lacking:
+                del past.endings[number]
         self._owners: dict[str, tuple[int, int, int, Mapping[str, Any]]] = {}
         self._trials: dict[int, _Trial] = {}
         self._waiting_for: dict[str, set[int]] = {}
+        self._reasons: dict[str, str] = {}
         self._dense: _Trial | None = None
         self._complete: deque[int] = deque()
+        self._proposed: deque[Proposal] = deque()
+        """Trials that are recorded and have yet to begin."""
         self._finished = False
         self._segments: dict[int, Segment] = {}
+        self._retries = Retries(pool.gpus, past.shares)
+        self._checkpoints = store.checkpoints.positions()
         self._rows: dict[str, list[dict[str, Any]]] = {"proposals": [], "outcomes": [], "events": []}
         self._flushed_at = time.monotonic()
+        self._published_at = -math.inf
         self._told = {digest(params) for params, _ in past.proposals.values()}
-        self._told |= {digest(params) for params, _, _ in past.added}
+        self._told |= {digest(params) for params, _, _ in (*past.added, *setting.warm.told)}
         self._compactor = ThreadPoolExecutor(1, thread_name_prefix="compaction")
         self._compaction: Future[None] | None = None
         self.standing = Standing(
@@ -138,6 +161,7 @@ class Driver:
             epochs_run=past.epochs_run,
             stages_asked=sum(e.stages for e in past.endings.values() if e.state == "done"),
             stages_run=past.stages_run,
+            retries=sum(past.retries.values()),
         )
         for ended in past.endings.values():
             if ended.state == "done" and ended.values is not None:
@@ -151,39 +175,39 @@ class Driver:
         """
         self._event("started", detail={"epoch": self.lease.epoch, "task": self.setting.info.digest})
         learns = self.spec.sampler in LEARNS
-        window = 2 * self.pool.workers if learns else max(AHEAD, 2 * self.pool.workers)
         proposer = make(
             self.spec.sampler,
             self.space,
             [objective.direction for objective in self.setting.objectives],
             seed=self.spec.sampler_seed,
-            enqueued=self.spec.points(),
+            enqueued=[*self.spec.points(), *self.setting.warm.points],
             history=self.past.told(),
-            added=self.past.added,
+            added=[*self.past.added, *self.setting.warm.told],
         )
         to_ask = max(0, self.spec.trials - len(self.past.proposals))
-        resumed = deque(self.past.unfinished())
-        with Ahead(proposer, max(1, min(window, to_ask))) as ahead:
+        for number in self.past.unfinished():
+            self._proposed.append(Proposal(number=number, params=self.past.proposals[number][0], attrs={}))
+        with Ahead(proposer, max(1, min(self._window(), to_ask))) as ahead:
             self._ahead = ahead
             try:
                 with _uninterrupted():
                     self._begin_dense()
+                    self._compare_again()
                 while True:
                     self.lease.check()
+                    window = self._window()
                     asked: list[Proposal] = []
-                    room = min(window - len(self._trials) - len(resumed), to_ask)
+                    room = min(window - len(self._trials) - len(self._proposed), to_ask)
                     # A sampler that looks at no result is asked for many proposals, to be recorded at once.
                     if room > 0 and (learns or room >= min(window // 2, to_ask)):
                         asked = self._ask(room, patient=not learns or not self._trials)
                         to_ask = 0 if ahead.exhausted and not asked else to_ask - len(asked)
                     with _uninterrupted():
-                        while resumed and len(self._trials) < window:
-                            number = resumed.popleft()
-                            self._begin(Proposal(number=number, params=self.past.proposals[number][0], attrs={}))
                         self._propose(asked)
+                        self._begin_some(window)
                         self._submit()
                         self._settle()
-                    if not (self._segments or self._trials or resumed or to_ask or self._complete):
+                    if not (self._segments or self._trials or self._proposed or to_ask or self._complete):
                         self._finished = True
                         break
                     events = self.pool.completed(FLUSH_SECONDS)
@@ -192,10 +216,23 @@ class Driver:
                         self._settle()
                         self._record()
                     self.progress.show(self.standing)
+                    self._publish()
             finally:
                 with _uninterrupted():
                     self._end()
         return self.standing
+
+    def _window(self) -> int:
+        """How many trials may be under way; workers come and go."""
+        twice = 2 * self.pool.workers
+        return twice if self.spec.sampler in LEARNS else max(AHEAD, twice)
+
+    def _lacking(self, past: History) -> list[int]:
+        """The ended trials of which outcomes are gone with a damaged file; all of them where it is not known whose."""
+        there = {key[:POINT_DIGITS] for key in self._values}
+        if len(self._values) < past.outcomes:
+            return list(past.endings)
+        return [number for number, ending in past.endings.items() if not there.issuperset(ending.points)]
 
     def _begin_dense(self) -> None:
         """The unpruned model of every seed, outside `trials`, with states kept where trials may rewind to."""
@@ -231,7 +268,7 @@ class Driver:
         return asked
 
     def _propose(self, proposals: Sequence[Proposal]) -> None:
-        """Record proposals durably, then begin them."""
+        """Record proposals durably; then they may begin."""
         if not proposals:
             return
         now = time.time()
@@ -241,21 +278,43 @@ class Driver:
         self._record(at_once=True)
         for proposal in proposals:
             self._told.add(digest(proposal.params))
-            self._begin(proposal)
+            doing(self.spec.name, "proposed", {"trial": proposal.number, "params": proposal.params})
+        self._proposed.extend(proposals)
+
+    def _begin_some(self, window: int) -> None:
+        """Begin trials for a moment: each asks the store what is there, and workers are not to wait for a thousand."""
+        until = time.monotonic() + FLUSH_SECONDS
+        while self._proposed and len(self._trials) < window:
+            self._begin(self._proposed.popleft())
+            if time.monotonic() >= until:
+                break
+
+    def _compare_again(self) -> None:
+        """Try again what tickets of trials that are done could not be compared with, whatever had failed."""
+        for number, controls in sorted(self.past.compared.items()):
+            ending = self.past.endings.get(number)
+            if ending is None or ending.state != "done" or controls <= self._values.keys():
+                continue
+            params, _ = self.past.proposals[number]
+            with suppress(InputError):  # like other points, a plan that is refused by now means that the task changed
+                plans = self._plans(params)
+                if all(key in self._values for plan in plans for _, key in plan.points):
+                    self._add(_Trial(number, params, plans, again=True))
 
     def _begin(self, proposal: Proposal) -> None:
         trial = _Trial(proposal.number, proposal.params, [])
         try:
-            settings = self.spec.settings(proposal.params, self.setting.code)
-            trial.plans = [
-                trial_plan(settings, seed, self.setting.info, device=self.pool.device) for seed in self.spec.seeds
-            ]
+            trial.plans = self._plans(proposal.params)
         except InputError as error:
             trial.failure = f"refused: {error}"
             self._trials[trial.number] = trial
             self._complete.append(trial.number)
             return
         self._add(trial)
+
+    def _plans(self, params: Mapping[str, Any]) -> list[Plan]:
+        settings = self.spec.settings(dict(params), self.setting.code)
+        return [trial_plan(settings, seed, self.setting.info, device=self.pool.device) for seed in self.spec.seeds]
 
     def _add(self, trial: _Trial) -> None:
         self._trials[trial.number] = trial
@@ -271,7 +330,9 @@ class Driver:
                     self._owners.setdefault(node.key, owner)
             self._fail(self.graph.add(plan, self._facts), SHARED_FAILURE)
             for key in controls:
-                if not self.graph.failed(key) and not self.graph.known(key):
+                if self.graph.failed(key):
+                    self._not_compared(trial, key, self._reasons[key])
+                elif not self.graph.known(key):
                     trial.comparing.add(key)
                     self._waiting_for.setdefault(key, set()).add(trial.number)
             for _, key in plan.points:
@@ -296,6 +357,12 @@ class Driver:
     def _submit(self) -> None:
         if self.pool.free:
             for segment in self.graph.ready():
+                if self._checkpoints:
+                    steps = tuple(replace(step, begun=step.key in self._checkpoints) for step in segment.steps)
+                    segment = replace(segment, steps=steps)
+                gpus = self._retries.gpus(segment)
+                if gpus:
+                    segment = replace(segment, gpus=gpus)
                 self._segments[segment.number] = segment
                 self.pool.submit(segment)
                 if not self.pool.free:
@@ -321,7 +388,11 @@ class Driver:
             epochs, stages = 0.0, 0
         self.standing.epochs_run += epochs
         self.standing.stages_run += stages
-        self._event("work", key=event.key, detail={"epochs": epochs, "stages": stages, "seconds": event.seconds})
+        detail: dict[str, Any] = {"epochs": epochs, "stages": stages, "seconds": event.seconds}
+        if event.checkpoint:
+            detail["checkpoint"] = event.checkpoint
+        self._event("work", key=event.key, detail=detail, worker=event.worker)
+        self._checkpoints.pop(event.key, None)
         if event.measures is not None and event.key not in self._values:
             self._outcome(event.key, event.measures)
         facts = Facts(known=event.key in self._values, present=event.stored, resumable=event.resumable)
@@ -368,22 +439,44 @@ class Driver:
         if event.kind == "store":  # no trial's fault: whoever runs the study again goes on from here
             raise StoreError(event.message)
         reason = f"{event.kind}: {event.message}"
-        self._event("stage failed", key=event.key, detail={"reason": reason, "traceback": event.traceback})
+        if event.kind in RETRIED:
+            self._checkpoints = self.store.checkpoints.positions()
+            segment = self._segments[event.segment]
+            position = sum(self._checkpoints.get(step.key, 0) for step in segment.steps)
+            verdict = self._retries.judge(segment, event, position)
+            reason = verdict.reason
+            if verdict.again:
+                detail = {"kind": event.kind, "reason": reason, "tries": verdict.tries}
+                if verdict.like:
+                    detail |= {"like": verdict.like, "gpus": verdict.gpus}
+                self._event("tried again", key=event.key, detail=detail)
+                self.standing.retries += 1
+                _LOG.warning("the stage %s is tried again: %s", event.key[:12], reason)
+                return
+        detail = {"reason": reason, "traceback": event.traceback}
+        self._event("stage failed", key=event.key, detail=detail, worker=event.worker)
         self._fail(self.graph.fail(event.key), reason)
 
     def _fail(self, keys: Iterable[str], reason: str) -> None:
         """The trials that wait for any of the keys have failed."""
         for key in keys:
+            self._reasons.setdefault(key, reason)
             for number in self._waiting_for.pop(key, ()):
                 trial = self._trials.get(number)
                 if trial is None or trial.failure:
                     continue
                 if key in trial.comparing:
                     trial.comparing.discard(key)
+                    self._not_compared(trial, key, reason)
                 else:
                     trial.failure = reason
                 if trial.settled:
                     self._complete.append(number)
+
+    def _not_compared(self, trial: _Trial, key: str, reason: str) -> None:
+        """A control failed: the trial goes on without it, and the record says why."""
+        trial.uncompared.add(key)
+        self._event("control failed", trial=trial.number, key=key, detail={"reason": reason})
 
     def _settle(self) -> None:
         """End the trials whose points have all come in, or cannot."""
@@ -399,9 +492,12 @@ class Driver:
             self.standing.running = sum(number != DENSE_TRIAL for number in self._trials)
             for plan in trial.plans:
                 self.graph.release(plan)
+            if trial.uncompared and not trial.failure:
+                what = f"{len(trial.uncompared)} control{'s' if len(trial.uncompared) > 1 else ''}"
+                _LOG.warning("%s of trial %d failed: `tickets` says why", what, number)
             if number == DENSE_TRIAL:
                 self._settle_dense(trial)
-            else:
+            elif not trial.again:
                 rounds = {} if trial.failure else self._points(trial)
                 trial.failure = trial.failure or self._without_a_number(rounds)
                 if trial.failure:
@@ -440,6 +536,8 @@ class Driver:
                 "epochs": trial.epochs,
                 "stages": trial.stages,
                 "outcomes": len(self._values),
+                "points": [key[:POINT_DIGITS] for plan in trial.plans for _, key in plan.points],
+                "keys": [dict(plan.points)[last] for plan in trial.plans],
             },
         )
         tickets = [
@@ -513,10 +611,22 @@ class Driver:
             for name, values in zip(self.columns, zip(*rows, strict=True), strict=True)
         }
 
-    def _event(self, event: str, *, trial: int | None = None, key: str = "", detail: Mapping[str, Any]) -> None:
+    def _event(
+        self, event: str, *, trial: int | None = None, key: str = "", detail: Mapping[str, Any], worker: str = ""
+    ) -> None:
         self._rows["events"].append(
             {"event": event, "trial": trial, "key": key, "at": time.time(), "detail": dict(detail)}
         )
+        owner = self._owners.get(key)
+        whose = {"trial": trial} if owner is None else dict(zip(("trial", "round", "seed"), owner, strict=False))
+        doing(self.spec.name, event, {**detail, **whose, "key": key, "worker": worker})
+
+    def _publish(self) -> None:
+        """Let whoever watches the cluster see how the study stands, not too often."""
+        now = time.monotonic()
+        if now - self._published_at >= PUBLISH_SECONDS:
+            self._published_at = now
+            self.pool.publish(self.spec.name, metrics(self.standing, self.graph.queued))
 
     def _record(self, *, at_once: bool = False) -> None:
         """Make what was noted durable, and now and then merge the ledger's parts."""

@@ -9,7 +9,8 @@ OrchardistError
 │   ├── QueryError                 a bound or a key that cannot be answered
 │   └── StoreError                 a store that cannot be opened, read or written
 ├── StageFailed                    one trial's work went wrong: a failed outcome, the study goes on
-│   └── NotFinite                  a loss, a weight or a score became NaN or infinite
+│   ├── NotFinite                  a loss, a weight or a score became NaN or infinite
+│   └── TimedOut                   a stage took longer than the study lets it
 └── WorkersUnusable                workers do not share the driver's store or code: exit code 2
 """
 
@@ -63,6 +64,10 @@ class StageFailed(OrchardistError):
 
 class NotFinite(StageFailed):
     """A loss, a weight or a score became NaN or infinite."""
+
+
+class TimedOut(StageFailed):
+    """A stage took longer than the study lets it."""
 
 
 class WorkersUnusable(OrchardistError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.errors import QueryError, UnknownName
+from orchestrator.errors import InputError, QueryError, UnknownName
 from orchestrator.objectives import OBJECTIVES, Objective
 from orchestrator.outcome import DENSE_TRIAL, MEASURES
 from orchestrator.store.store import Store
@@ -57,6 +57,24 @@ class Front:
     hypervolume: dict[str, Any] | None = None
     """`value`, the volume that the points dominate, up to `reference`, by objective: 0 where more is better, the dense
     model's value where less is. None where one point was asked for, something is missing, or it would take long."""
+
+    def to_pandas(self) -> Any:
+        """The points as a `pandas.DataFrame`, best first: one column for each measure, and `params.NAME` for each
+        parameter; `knee` marks one. Lists and the counts of layers are left out.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError("to_pandas wants pandas: pip install pandas") from error
+        rows = []
+        for place, point in enumerate(self.points):
+            row = {name: value for name, value in point.items() if not isinstance(value, list | dict)}
+            row |= {f"params.{name}": value for name, value in point["params"].items()}
+            rows.append({**row, "knee": place == self.knee})
+        return pandas.DataFrame(rows)
 
     def as_json(self) -> dict[str, Any]:
         """The document that `orchardist front --format json` prints."""
@@ -129,7 +147,7 @@ def front(
         study=study,
         objectives=tuple(objectives),
         dense=dense,
-        points=tuple(_describe(outcomes, points, chosen, objectives)),
+        points=tuple(describe(outcomes, points, chosen, objectives)),
         knee=knee,
         hypervolume=None if minimise else _hypervolume(table, objectives, dense),
     )
@@ -286,10 +304,17 @@ def _in_order(chosen: NDArray[np.int64], points: Points, objectives: Sequence[Ob
     return chosen[np.lexsort(keys)]
 
 
-def _describe(
+def describe(
     outcomes: Outcomes, points: Points, chosen: NDArray[np.int64], objectives: Sequence[Objective]
 ) -> list[dict[str, Any]]:
-    """Everything that is recorded of the chosen points, with means over their seeds."""
+    """Everything that is recorded of the chosen points, with means over their seeds.
+
+    Args:
+        outcomes: of the study.
+        points: from `read_points`.
+        chosen: positions in them.
+        objectives: by which the seed nearest the mean is found, whose key stands for the point.
+    """
     groups = [np.atleast_1d(points.rows[int(index)]).tolist() for index in chosen]
     if not groups:
         return []

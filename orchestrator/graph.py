@@ -46,6 +46,8 @@ class Step:
     evaluated: bool = False
     stored: bool = False
     resumable: bool = False
+    begun: bool = False
+    """Somebody else has begun this training and has left checkpoints in the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class Segment:
 
     number: int
     steps: tuple[Step, ...]
+    gpus: float = 0.0
+    """The least share of a GPU that it is to be run on; 0: whatever its worker has."""
 
     @property
     def base(self) -> frozenset[str]:
@@ -174,6 +178,12 @@ class Graph:
             steps = None if target in self._running else self._way(target)
             if steps is not None:
                 yield self._give_out(self._goes_on_from(target, steps, wanted))
+
+    @property
+    def queued(self) -> int:
+        """Stages that are wanted and in nobody's hands."""
+        needed = self._find_needed() if self._needed is None else self._needed
+        return sum(1 for key in needed if key not in self._running)
 
     def done(self, key: str, facts: Facts) -> None:
         """A stage was run and reported; `facts` is what the report brought of its key. What was there stays there."""

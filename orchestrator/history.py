@@ -22,6 +22,8 @@ class Ending:
     epochs: float
     stages: int
     reason: str = ""
+    points: tuple[str, ...] = ()
+    """How the keys of its points begin."""
 
 
 @dataclass(kw_only=True)
@@ -31,12 +33,18 @@ class History:
     proposals: dict[int, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
     """Parameters and the sampler's notes by trial."""
     endings: dict[int, Ending] = field(default_factory=dict)
+    compared: dict[int, set[str]] = field(default_factory=dict)
+    """What the tickets of each trial that is done are compared with, and what they become elsewhere: keys by trial."""
     added: list[tuple[dict[str, Any], tuple[float, ...], dict[str, float]]] = field(default_factory=list)
     """Shorter trials that the sampler was told of."""
     epochs_run: float = 0.0
     stages_run: int = 0
     outcomes: int = 0
     """How many outcomes there were when the last trial was done."""
+    retries: dict[str, int] = field(default_factory=dict)
+    """How often stages were tried again, by why."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """The share of a GPU that stages were seen to need, by what names their like."""
     finished: bool = False
     """The last driver to end found nothing more to do."""
 
@@ -74,12 +82,18 @@ def read(store: Store, study: str) -> History:
             case "done" | "failed":
                 past.endings[row["trial"]] = ending(row["event"], detail)
                 past.outcomes = max(past.outcomes, detail.get("outcomes", 0))
+            case "tickets":
+                past.compared[row["trial"]] = set(_compared(detail["tickets"]))
             case "shorter":
                 past.added.append((detail["params"], tuple(detail["values"]), detail["constraints"]))
             case "started":
                 past.finished = False
             case "ended":
                 past.finished = detail.get("finished", False)
+            case "tried again":
+                past.retries[detail["kind"]] = past.retries.get(detail["kind"], 0) + 1
+                if detail.get("like"):
+                    past.shares[detail["like"]] = max(past.shares.get(detail["like"], 0.0), detail["gpus"])
             case "work":
                 past.epochs_run += detail["epochs"]
                 past.stages_run += detail["stages"]
@@ -95,7 +109,15 @@ def ending(state: str, detail: Mapping[str, Any]) -> Ending:
         epochs=detail.get("epochs", 0.0),
         stages=detail.get("stages", 0),
         reason=detail.get("reason", ""),
+        points=tuple(detail.get("points", ())),
     )
+
+
+def _compared(tickets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for ticket in tickets:
+        moved = ticket.get("transfers", ())
+        yield from (other["key"] for other in moved)
+        yield from (control["key"] for each in (ticket, *moved) for control in each["controls"])
 
 
 def measured(store: Store, study: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, float | None]]]:

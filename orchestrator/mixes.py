@@ -24,6 +24,9 @@ from orchestrator.settings import (
     during,
 )
 
+FOLDED = ("neuron", "filter", "channel", "head")
+"""The structures whose units are read by layers that have biases."""
+
 
 def resolve(
     train: TrainSettings,
@@ -89,8 +92,13 @@ def refuse(settings: Settings) -> None:
         )
 
 
-def warnings(settings: Settings) -> Iterator[str]:
-    """What is legal, but hardly what was meant."""
+def warnings(settings: Settings, examples: int = 0) -> Iterator[str]:
+    """What is legal, but hardly what was meant.
+
+    Args:
+        settings: of one mix.
+        examples: how many there are to train on; 0 where that is not known.
+    """
     choices = settings.choices
     entry = criteria.CRITERIA[choices.criterion]
     if entry.facts.get("before_training") and choices.phase != "before":
@@ -102,6 +110,14 @@ def warnings(settings: Settings) -> Iterator[str]:
         and choices.rounds > 1
     ):
         yield "several rounds without retraining between them prune as far as one round would"
+    single = choices.structure == "weight" or n_of_m(choices.structure) is not None
+    if choices.criterion == "lamp" and single and choices.scope != "global":
+        yield f"criterion 'lamp' compares layers: in scope {choices.scope!r} it ranks as 'magnitude' does"
+    asked = settings.criterion_parameters.get("examples", 0)
+    if examples and asked > examples:
+        yield f"criteria.{choices.criterion}.examples = {asked}, but there are {examples} to train on: all are taken"
+    if examples and settings.prune.recalibrate > examples:
+        yield f"prune.recalibrate = {settings.prune.recalibrate}, but there are {examples} to train on: all are taken"
 
 
 def _criterion_parameters(criterion: str, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,8 +166,23 @@ def _refuse_structure(settings: Settings) -> None:
             f"criterion {choices.criterion!r} scores a unit over the weights that read it, and nothing reads a whole "
             "layer; legal: neuron, filter, channel, head, or another criterion"
         )
+    _refuse_fold(choices)
     if choices.allocation == "erk" and not single:
         raise PlanError("allocation 'erk' is for structure 'weight'; legal here: uniform, given")
+
+
+def _refuse_fold(choices: Choices) -> None:
+    if not choices.fold:
+        return
+    if choices.structure not in FOLDED:
+        raise PlanError(
+            f"fold moves the constants of units that other layers read; structure {choices.structure!r} has none; "
+            f"legal with it: {', '.join(FOLDED)}"
+        )
+    if choices.phase == "after" and choices.retrain in ("rewind", "reinit"):
+        raise PlanError(
+            f"fold moves biases, which retrain {choices.retrain!r} puts back; legal with it: none, finetune, lr-rewind"
+        )
 
 
 def _refuse_how_much(settings: Settings) -> None:

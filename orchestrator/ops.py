@@ -103,6 +103,10 @@ class Prune:
     """Kept units of a layer are filled up to a multiple of this."""
     seed: int | None = None
     round: int | None = None
+    fold: bool = False
+    """What removed units give without their weights moves into the biases of what reads them."""
+    transposed: tuple[tuple[str, int], ...] = ()
+    """(tensor name, groups) of transposed convolutions, whose weights lie inputs first."""
     code: str = ""
     """Digest of the source of a user's own criterion."""
 

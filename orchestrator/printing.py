@@ -49,9 +49,15 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
-def front_rows(found: Front, *, whole: bool = False) -> list[dict[str, Any]]:
-    """The front as rows, the dense model last; every objective and its test twin, then the size. `whole` keys."""
-    names = list(dict.fromkeys(objective.column for objective in found.objectives))
+def front_rows(found: Front, *, whole: bool = False, also: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The front as rows, the dense model last; every objective and its test twin, then the size.
+
+    Args:
+        found: the front.
+        whole: keys in full, and numbers alone; else means over several seeds have half their interval beside them.
+        also: columns to show besides.
+    """
+    names = list(dict.fromkeys([*(objective.column for objective in found.objectives), *also]))
     shown = list(dict.fromkeys([n for name in names for n in (name, f"test_{name}")] + ["sparsity", "nonzero_params"]))
     length = None if whole else 12
     constant = _constant([point["params"] for point in found.points])
@@ -62,16 +68,29 @@ def front_rows(found: Front, *, whole: bool = False) -> list[dict[str, Any]]:
         rows.append(
             ({"study": point["study"]} if "study" in point else {})
             | {"key": point["key"][:length], "trial": point["trial"], "round": point["round"], "n": point["n"]}
-            | {name: point[name] for name in shown if name in point}
+            | {name: point[name] if whole else _with_interval(point, name) for name in shown if name in point}
             | (point["params"] | {"knee": knee} if whole else {"params": params + (" <- knee" if knee else "")})
         )
     if found.dense is not None:
         rows.append(
             {"key": found.dense["key"][:length], "trial": "dense", "round": 0, "n": found.dense["n"]}
-            | {name: found.dense[name] for name in shown if name in found.dense}
+            | {n: found.dense[n] if whole else _with_interval(found.dense, n) for n in shown if n in found.dense}
             | ({} if whole else {"params": "the unpruned model"})
         )
     return rows
+
+
+def hypervolume_line(found: Front) -> str:
+    """The hypervolume of a front and what it is measured from; empty where it has none."""
+    if found.hypervolume is None or not found.points:
+        return ""
+    reference = ", ".join(f"{name} {cell(value)}" for name, value in found.hypervolume["reference"].items())
+    return f"hypervolume {found.hypervolume['value']:.6g}, from {reference}"
+
+
+def _with_interval(point: Mapping[str, Any], name: str) -> Any:
+    half_width = point["half_width"].get(name)
+    return f"{cell(point[name])} ± {cell(half_width)}" if half_width else point[name]
 
 
 def cell(value: Any) -> str:

@@ -26,6 +26,8 @@ class Standing:
     epochs_run: float = 0.0
     stages_asked: int = 0
     stages_run: int = 0
+    retries: int = 0
+    """How often a stage was tried again: its worker died or was taken away, or its GPU's memory was too small."""
     best: dict[str, float] = field(default_factory=dict)
     last_failure: str = ""
     dense_failure: str = ""
@@ -49,6 +51,8 @@ class Standing:
         parts = [f"{self.ended}/{self.asked} trials", f"{epochs} epochs and {stages} stages run{saved}"]
         if self.failed:
             parts.insert(1, f"{self.failed} failed")
+        if self.retries:
+            parts.append(f"{self.retries} tried again")
         if self.best:
             parts.append("best of each: " + ", ".join(f"{name} {value:.4g}" for name, value in self.best.items()))
         return " · ".join(parts)
@@ -82,12 +86,14 @@ class Silent:
 
 
 class Lines:
-    """A plain line every ten seconds, for logs."""
+    """A plain line every ten seconds, for logs; the first after as long, or `at_once`."""
 
-    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic, *, at_once: bool = False
+    ) -> None:
         self._stream = stream or sys.stderr
         self._clock = clock
-        self._shown_at = clock()
+        self._shown_at = clock() - (LINE_EVERY_SECONDS if at_once else 0)
         self._first: tuple[float, int] | None = None
 
     def show(self, standing: Standing) -> None:
@@ -144,9 +150,9 @@ class Bar:
         print(standing.says(), file=sys.stderr, flush=True)
 
 
-def progress() -> Progress:
+def progress(*, at_once: bool = False) -> Progress:
     """The display that fits stderr: a live bar on a terminal, else lines."""
-    return Bar() if sys.stderr.isatty() else Lines()
+    return Bar() if sys.stderr.isatty() else Lines(at_once=at_once)
 
 
 if TYPE_CHECKING:

@@ -7,11 +7,14 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from orchestrator import history
 from orchestrator.errors import OrchardistError, QueryError, StageFailed
 from orchestrator.outcome import DENSE_TRIAL
+from orchestrator.store.checkpoints import Place
 from orchestrator.store.lease import Lease, held
 from orchestrator.store.store import Store
 
@@ -39,6 +42,8 @@ class Swept:
     bytes: int
     kept: int
     """How many of the study's states are still there."""
+    checkpoints: int = 0
+    """Trainings in the middle that nobody will go on with; `bytes` counts them, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +87,35 @@ def sweep(store: Store, study: str, lease: Lease | None) -> Swept:
         # A stage on the way, without an outcome, may be what a running trial goes on from.
         and (each.key in measured if each.measured else not running)
     ]
+    left = _checkpoints(store, study, running)
     if lease is not None:
         _each(store.states.delete, [each.key for each in gone])
+        for place in left:
+            store.checkpoints.delete(place)
     return Swept(
         study=study,
         states=len(gone),
-        bytes=sum(each.bytes for each in gone),
+        bytes=sum([*(each.bytes for each in gone), *left.values()]),
         kept=len(candidates) - len(gone),
+        checkpoints=len(left),
     )
+
+
+def _checkpoints(store: Store, study: str, running: Iterable[str]) -> dict[Place, int]:
+    """The study's checkpoints that nobody will go on from, with their sizes: of stages that are done, and all of them
+    once the study has ended, unless another one that is being run may go on from them."""
+    found: dict[Place, int] = {}
+    ended: bool | None = None
+    for place in store.checkpoints.places():
+        if store.checkpoints.study(place) != study:
+            continue
+        if ended is None:
+            ended = not running and history.read(store, study).finished
+        header = store.states.header(place.key) or {}
+        if ended or header.get("resumable") == "1":
+            with suppress(FileNotFoundError):
+                found[place] = store.checkpoints.size(place)
+    return found
 
 
 def remake(study: Study, job: Job, row: Mapping[str, Any]) -> bytes:
@@ -109,7 +135,8 @@ def remake(study: Study, job: Job, row: Mapping[str, Any]) -> bytes:
     from orchestrator.pools.worker import Worker
 
     _LOG.warning("the state %s is no longer in the store; it is made again", row["key"][:12])
-    worker, graph = Worker(job, device=row["device"]), Graph()
+    # How long a stage may take in a study says nothing of this machine.
+    worker, graph = Worker(replace(job, timeout_seconds=0), device=row["device"]), Graph()
 
     def facts(key: str) -> Facts:
         header = study.store.states.header(key) or {}

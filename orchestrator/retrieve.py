@@ -13,18 +13,22 @@ import torch
 from torch import nn
 
 from orchestrator.errors import InputError, QueryError, TaskError, UnknownName
-from orchestrator.export import CSR, FORMATS, SHRUNK, ExportRefused, artefact
+from orchestrator.export import CSR, FORMATS, LINEAGE, SEMI, SHRUNK, ExportRefused, artefact
 from orchestrator.export.card import card_of, claim, enter_files, explained, in_words
 from orchestrator.export.certificate import card_bytes, certify, difference, forms_of, sample
 from orchestrator.export.csr import csr_file, to_csr
+from orchestrator.export.lineage import prunings
+from orchestrator.export.semi import packable, semi_file
 from orchestrator.export.tensors import files_of, shrunk_file
 from orchestrator.removal.shrinking import ShrinkRefused
+from orchestrator.report.lineage import picture
 from orchestrator.stages import Stages
 from orchestrator.state import State, from_bytes
 from orchestrator.tasks.data import call
 from orchestrator.tasks.load import LoadedTask
 
 if TYPE_CHECKING:
+    from orchestrator.store.states import States
     from orchestrator.study import Study
 
 _SHORTEST_KEY = 6
@@ -44,11 +48,13 @@ def fetch(
     """Write one model of a study into `folder`.
 
     `weights.safetensors` is a plain state dict with zeros for what was pruned, `masks.safetensors` has a 0/1 tensor for
-    each pruned weight, `packed.safetensors` is the smallest copy of both (mask bits and kept values). Where whole units
-    are gone and can be cut out, `shrunk.safetensors` is the state dict of the smaller model; where linear layers run
-    faster as compressed sparse rows on this CPU, measured, `csr.safetensors` holds them so. `model.pt2` and
-    `model.onnx` are the model, without its removed units, as a graph. `card.json` says what the model is: measures,
-    lineage, digests, versions, and the certificate: that all of these compute the same, and how fast each is here.
+    each pruned weight, `packed.safetensors` is the smallest copy of both (kept values and where they stand). Where
+    whole units are gone and can be cut out, `shrunk.safetensors` is the state dict of the smaller model; where linear
+    layers run faster as compressed sparse rows on this CPU, measured, `csr.safetensors` holds them so; those of the
+    structure 2:4 are in `two_of_four.safetensors`, for GPUs that skip what is gone. `model.pt2` and `model.onnx` are
+    the model, without its removed units, as a graph; `lineage.svg` draws the way to it. `card.json` says what the model
+    is: measures, lineage, what each pruning removed and cost and what retraining gave back, digests, versions, and the
+    certificate: that all of these compute the same, and how fast each is here.
 
     Args:
         study: an opened study.
@@ -77,7 +83,7 @@ def fetch(
         loaded = artefact.load_named(card["task"], card, study.root, study.task_of(chosen).checkpoint)
         if loaded.info.digest != card["task_digest"]:
             raise TaskError("the task has changed since")
-        note = _certified(card, files, loaded, state, formats)
+        note = _certified(card, files, loaded, state, formats, study.store.states)
     except TaskError as error:
         card["refused"] |= {name: str(error) for name in formats if name != "safetensors"}
         note = f" The model was not rebuilt to compare: {error}."
@@ -96,7 +102,12 @@ def meant(study: Study, key: str | None, where: Sequence[str], minimise: str | N
 
 
 def _certified(
-    card: dict[str, Any], files: dict[str, bytes], loaded: LoadedTask, state: State, formats: Sequence[str]
+    card: dict[str, Any],
+    files: dict[str, bytes],
+    loaded: LoadedTask,
+    state: State,
+    formats: Sequence[str],
+    states: States,
 ) -> str:
     """Adds the other files and the certificate; gives what else is to be said."""
     note = ""
@@ -113,7 +124,11 @@ def _certified(
         files[SHRUNK] = shrunk_file(small)
     if sparse is not None:
         files[CSR] = csr_file(sparse)
+    if any(entry.get("structure") == "2:4" for entry in card["lineage"]) and packable(masked):
+        files[SEMI] = semi_file(masked)
     _export(card, files, masked if small is None else small, loaded, formats)
+    card["prunings"] = prunings(card["lineage"], states, stages)
+    files[LINEAGE] = picture(card["prunings"], f"The way to {card['key'][:12]}")
     found, card["latency"] = certify(loaded, masked, forms_of(files, stages, masked, card["exports"]))
     card["certificate"] |= found
     rows = sample(loaded.valid, 64)
@@ -214,9 +229,8 @@ def _choose(study: Study, where: Sequence[str], minimise: str | None) -> str:
 
 def _row(study: Study, key: str) -> dict[str, Any]:
     """The outcome whose key begins with `key`."""
-    table = study.table()
-    keys: list[str] = table["key"].to_pylist()
-    found = [index for index, full in enumerate(keys) if full.startswith(key)]
+    outcomes = study.store.outcomes(study.spec.name)
+    found = outcomes.starting_with(key)
     if len(key) < _SHORTEST_KEY or not found:
         raise QueryError(
             f"no state {key!r} in the study {study.spec.name!r}; `front` shows keys, "
@@ -224,6 +238,5 @@ def _row(study: Study, key: str) -> dict[str, Any]:
         )
     if len(found) > 1:
         raise QueryError(f"{len(found)} states begin with {key!r}: give more of the key")
-    row = table.take(found).to_pylist()[0]
-    assert isinstance(row, dict)
+    (row,) = outcomes.rows(found)
     return row

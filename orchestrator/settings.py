@@ -67,10 +67,10 @@ class TrainSettings(Section):
     lr_step_epochs: tuple[Number, ...] = Field(
         default=(), description="where `step` lowers lr; default: at 1/2 and 3/4 of epochs"
     )
-    lr_step_factor: Number = Field(default=0.1, gt=0, le=1)
-    batch_size: Whole = Field(default=64, ge=1, le=10**9)
+    lr_step_factor: Number = Field(default=0.1, gt=0, le=1, description="what `step` multiplies lr by")
+    batch_size: Whole = Field(default=64, ge=1, le=10**9, description="training examples in a step")
     momentum: Number = Field(default=0.0, ge=0, lt=1, description="of sgd")
-    weight_decay: Number = Field(default=0.0, ge=0)
+    weight_decay: Number = Field(default=0.0, ge=0, description="as the optimizer has it")
     warmup_epochs: Epochs = Field(default=0, description="lr rises linearly over them")
     penalty: str = Field(default="none", description="drives weights to zero while training; see `list penalties`")
     penalty_strength: Number = Field(default=0.0, ge=0, description="factor on the penalty in the loss")
@@ -241,6 +241,11 @@ class Choices(Section):
         default="uniform", description="how a final sparsity spreads over layers; see `list allocations`"
     )
     structure: str = Field(default="weight", description="what is removed as one; see `list structures`")
+    fold: bool = Field(
+        default=False,
+        strict=True,
+        description="add what a removed unit gives without its weights, a constant, to the biases of what reads it",
+    )
     norm: str = Field(default="", description="how scores of weights become one of a unit; see `list norms`")
     only: str | None = Field(default=None, description="pattern of the layers to prune; all others are left alone")
     rate: Number | None = Field(default=None, gt=0, lt=1, description="fraction of what is left, pruned in each round")

@@ -16,9 +16,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from orchestrator.canonical import digest
 from orchestrator.errors import InputError, SpecError, UnknownName
 from orchestrator.mixes import resolve
+from orchestrator.pruning import criteria
 from orchestrator.pruning.patterns import UNITS
 from orchestrator.settings import (
     IN_SPACE,
+    Number,
     OtherTask,
     PruneSettings,
     Section,
@@ -36,7 +38,7 @@ from search.space import Choice, Parameter, Range, Space, SpaceError, flatten
 from search.space import parse as parse_space
 
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
-OPEN = ("trials", "enqueue", "keep")
+OPEN = ("trials", "enqueue", "keep", "checkpoint_minutes", "timeout_seconds")
 """What may change from one run of a study to the next."""
 
 MOST_MIXES = 1000
@@ -64,8 +66,17 @@ class StudySpec(Section):
     keep: Literal["all", "front"] = Field(
         default="all", description="the states that stay when the study has ended; others are made again when asked for"
     )
+    checkpoint_minutes: Number = Field(
+        default=10, ge=0, description="a training is made durable this often, so that it can go on from there; 0: never"
+    )
+    timeout_seconds: Number = Field(
+        default=0, ge=0, description="a stage that takes longer is ended, and its trial has failed; 0: no limit"
+    )
     sampler: str = Field(default="tpe", description="see `list samplers`")
     sampler_seed: Seed = Field(default=0, description="proposal n is drawn under (sampler_seed, n)")
+    warm_start: tuple[str, ...] = Field(
+        default=(), description="earlier studies of the store, whose best configurations come first"
+    )
     task_params: dict[str, Any] = Field(default={}, description="arguments of the task function")
     checkpoint: str = Field(default="", description="a file of weights that the task's model starts from")
     train: TrainSettings = TrainSettings()
@@ -132,7 +143,15 @@ class StudySpec(Section):
             raise ValueError(f"{path!r} must end in {', '.join(CHECKPOINTS[:-1])} or {CHECKPOINTS[-1]}")
         return path
 
-    @field_validator("seeds", "objectives")
+    @field_validator("warm_start")
+    @classmethod
+    def _earlier(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not is_study(name):
+                raise ValueError(f"{name!r} is no name of a study; legal: as `name`")
+        return names
+
+    @field_validator("seeds", "objectives", "warm_start")
     @classmethod
     def _different(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
@@ -173,6 +192,8 @@ class StudySpec(Section):
                 space.grid()
         except SpaceError as error:
             raise ValueError(str(error)) from error
+        if self.name in self.warm_start:
+            raise ValueError(f"warm_start: {self.name!r} is this study itself; legal: earlier ones")
         if any(task.label == self.task for task in self.tickets.tasks):
             raise ValueError(f"tickets.tasks: the study's own task is called {self.task!r}; legal: another name")
         if self.tickets.ticket and "ticket" not in (space.possible("phase") or ()):
@@ -202,9 +223,27 @@ class StudySpec(Section):
         names = self.search_space().possible("criterion") or ()
         return sorted({name for name in names if isinstance(name, str) and ":" in name})
 
+    def needs(self) -> tuple[str, ...]:
+        """What the criteria that a proposal may name need of the model and the data."""
+        names = {*(self.search_space().possible("criterion") or ("magnitude",)), *self.tickets.criteria}
+        needed = {need for name in names if isinstance(name, str) for need in criteria.needs(criteria.CRITERIA[name])}
+        return tuple(need for need in (*criteria.FROM_DATA, *criteria.FROM_STATE) if need in needed)
+
     def settings(self, params: Mapping[str, Any], code: Mapping[str, str] | None = None) -> Settings:
         """One proposal's parameters laid over the study's constants; raises PlanError for a mix without sense."""
         return resolve(self.train, self.prune, params, code, self.tickets)
+
+    def too_few(self) -> str | None:
+        """What is amiss where the grid ends before `trials` are run; None where it does not."""
+        points = self.search_space().size() if self.sampler == "grid" else None
+        if points is None or points + len(self.enqueue) >= self.trials:
+            return None
+        first = f"{len(self.enqueue)} enqueued proposals and " if self.enqueue else ""
+        most = points + len(self.enqueue)
+        return (
+            f"trials = {self.trials}, but sampler 'grid' ends after {first}the {points} different proposals of "
+            f"[space]; legal: trials = {most} or fewer, more values in [space], or another sampler"
+        )
 
     def mixes(self) -> list[dict[str, Any]]:
         """Mixes of choices to try out beforehand: all, with ranges at their ends, or `MOST_MIXES` drawn at random."""

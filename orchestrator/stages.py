@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from math import ceil
@@ -32,12 +32,12 @@ from orchestrator.ops import (
 )
 from orchestrator.pruning import criteria
 from orchestrator.pruning.budget import Costs
-from orchestrator.pruning.parts import made_by
+from orchestrator.pruning.parts import made_by, pieces
 from orchestrator.pruning.patterns import UNITS
 from orchestrator.pruning.prune import Network, prune, scored
 from orchestrator.pruning.regrow import needs as regrowth_needs
 from orchestrator.pruning.regrow import regrow
-from orchestrator.pruning.statistics import gather
+from orchestrator.pruning.statistics import Unavailable, gather
 from orchestrator.pruning.structure import Units, kept_units
 from orchestrator.removal.coordinates import in_full, in_part
 from orchestrator.seeds import derive
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from orchestrator.removal.shrinking import Shrunk
 
 
+PROVED_ON = 64
+"""Training examples on which constants are shown to be constant."""
 MOST_AT_ONCE = 256
 """Examples in a batch of those that statistics are gathered over, at most."""
 
@@ -99,14 +101,33 @@ class Stages:
         """Names of the prunable tensors in model order."""
         return [layer.name for layer in self.loaded.info.layers]
 
-    def info(self, structures: Sequence[str] = (), *, budgets: bool = False) -> TaskInfo:
-        """The task as the driver sees it, with the units of `structures` and, for budgets, the model's FLOPs."""
+    def info(self, structures: Sequence[str] = (), *, budgets: bool = False, needs: Sequence[str] = ()) -> TaskInfo:
+        """The task as the driver sees it, with the units of `structures` and what cannot be had of what criteria need.
+
+        For budgets, with the model's FLOPs, too.
+        """
         units = {}
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.model().named_parameters()}
         for structure in structures:
             found = self.units(structure)
             groups = {group.name: made_by(group, self.prunable) for group in found.units}
-            units[structure] = UnitCounts(groups=groups, refused=tuple(found.refused.items()))
-        return replace(self.loaded.info, units=units, flops=self.flops.by_tensor if budgets else {})
+            places = {group.name: pieces(group, shapes) for group in found.units}
+            units[structure] = UnitCounts(groups=groups, refused=tuple(found.refused.items()), pieces=places)
+        return replace(
+            self.loaded.info,
+            units=units,
+            flops=self.flops.by_tensor if budgets else {},
+            head_flops={name: heads.work for name, heads in self.flops.by_heads.items()} if budgets else {},
+            lacks={need: lacking for need in needs if (lacking := self._lacking(need))},
+        )
+
+    def _lacking(self, need: str) -> Mapping[str, str]:
+        """Of which prunable tensors what criteria need cannot be had, and why."""
+        from orchestrator.pruning.available import missing
+
+        with isolated(0), training.arithmetic(self.device):
+            batches = list(self._examples(2, torch.Generator().manual_seed(0)))
+            return missing(need, self.model, self.loaded.task, batches, self.prunable, self.example)
 
     def model(self) -> nn.Module:
         """A fresh copy of the model on the device, with whatever weights; modules that keep counts start anew."""
@@ -123,10 +144,18 @@ class Stages:
         into_model(state.weights, model)
         return model
 
-    def run(self, op: Op, parents: Sequence[State], probe: training.Probe | None = None, probe_every: int = 0) -> State:
+    def run(
+        self,
+        op: Op,
+        parents: Sequence[State],
+        probe: training.Probe | None = None,
+        probe_every: int = 0,
+        watch: training.Watch | None = None,
+    ) -> State:
         """The state that `op` yields from its parents' states.
 
-        For a Train op the parent is any state of the same run, at or before `op.to`, or the state where it starts.
+        For a Train op the parent is any state of the same run, at or before `op.to`, or the state where it starts;
+        `probe` and `watch` are for training.
 
         Raises:
             StageFailed: the stage could not be done; NotFinite where numbers were no longer finite.
@@ -139,7 +168,7 @@ class Stages:
                     raise StageFailed("the ticket file did not come along")
                 return self.given
             case Train():
-                return self._train(op, parents[0], probe, probe_every)
+                return self._train(op, parents[0], probe, probe_every, watch)
             case Gather():
                 return self._gather(op, parents[0])
             case Prune():
@@ -170,7 +199,7 @@ class Stages:
     def costs(self) -> Costs:
         """What the dense model costs, for budgets."""
         sizes = {name: parameter.numel() for name, parameter in self.model().named_parameters()}
-        return Costs(sizes=sizes, prunable=frozenset(self.prunable), flops=self.flops.by_tensor)
+        return Costs(sizes=sizes, prunable=frozenset(self.prunable), flops=self.flops)
 
     @cached_property
     def removable(self) -> tuple[Units, ...]:
@@ -193,7 +222,14 @@ class Stages:
         with isolated(0), training.arithmetic(self.device):
             return shrink(self.model_of(state), state.masks, self.removable, self.example)
 
-    def _train(self, op: Train, state: State, probe: training.Probe | None, probe_every: int) -> State:
+    def _train(
+        self,
+        op: Train,
+        state: State,
+        probe: training.Probe | None,
+        probe_every: int,
+        watch: training.Watch | None,
+    ) -> State:
         data = self._share(op)
         steps = self.loaded.info.steps_per_epoch(op.recipe.batch_size)
         run = partial(
@@ -208,9 +244,18 @@ class Stages:
         )
         shrunk = self.shrunk(state) if op.recipe.arithmetic.endswith(SHRUNK) and state.masks else None
         if shrunk is None:
-            return run(self.model(), state, layers=self.narrowable, silent=self.silent)
+            return run(self.model(), state, layers=self.narrowable, silent=self.silent, watch=watch)
         trained = [name for name, parameter in self.model().named_parameters() if parameter.requires_grad]
-        return in_full(run(shrunk.model, in_part(state, shrunk), layers=training.WHOLE), state, shrunk, trained)
+        smaller = shrunk
+
+        def in_whole(position: int, reached: Callable[[int], State]) -> None:
+            assert watch is not None
+            watch(position, lambda position: in_full(reached(position), state, smaller, trained))
+
+        part = run(
+            shrunk.model, in_part(state, shrunk), layers=training.WHOLE, watch=None if watch is None else in_whole
+        )
+        return in_full(part, state, shrunk, trained)
 
     def _share(self, op: Train) -> Split | Batches:
         """The training data, or the share of them that `op` trains on."""
@@ -229,18 +274,30 @@ class Stages:
         with isolated(derive(op.seed, "gather", op.round)), training.arithmetic(self.device):
             batches = list(self._examples(op.examples, generator))
             for what in op.what:
-                values = gather(
-                    what,
-                    self.model_of(state),
-                    self.loaded.task,
-                    batches,
-                    self.prunable,
-                    seed=derive(op.seed, what, op.round),
-                    example=self.example,
-                    parameters=dict(op.parameters),
-                )
+                values = self._gathered(what, op, state, batches, self.prunable)
                 found |= {f"{what}/{name}": value for name, value in values.items()}
         return State(weights={}, gathered=found, position=state.position)
+
+    def _gathered(
+        self, what: str, op: Gather, state: State, batches: Sequence[tuple[Any, Any]], names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """The statistic of those tensors that it can be had of: the others may be protected."""
+        try:
+            return gather(
+                what,
+                self.model_of(state),
+                self.loaded.task,
+                batches,
+                names,
+                seed=derive(op.seed, what, op.round),
+                example=self.example,
+                parameters=dict(op.parameters),
+            )
+        except Unavailable as error:
+            rest = [name for name in names if name not in error.names]
+            if not rest:
+                raise
+            return self._gathered(what, op, state, batches, rest)
 
     def _prune(self, op: Prune, parents: Sequence[State]) -> State:
         state = parents[0]
@@ -274,8 +331,26 @@ class Stages:
             costs=lambda: self.costs,
         )
         pruned = prune(op, network, supply)
-        weights = {**state.weights, **pruned.moved}
-        return replace(state, weights=weights, masks=pruned.masks, remarks=pruned.remarks).masked()
+        moved = replace(state, weights={**state.weights, **pruned.moved})
+        if op.fold:
+            moved = self._folded(op, moved, pruned.masks)
+        return replace(moved, masks=pruned.masks, remarks=pruned.remarks).masked()
+
+    def _folded(self, op: Prune, state: State, masks: Mapping[str, Tensor]) -> State:
+        """The state with what the units that `masks` remove give without their weights in other units' biases."""
+        from orchestrator.removal.folding import fold_removed
+        from orchestrator.removal.proof import ShrinkRefused
+
+        with isolated(0), training.arithmetic(self.device):
+            inputs = [batch[0] for batch in self._examples(PROVED_ON, torch.Generator().manual_seed(0))]
+            units = self.units(op.structure).units
+            try:
+                model = fold_removed(self.model_of(state), state.masks, masks, units, self.example, inputs=inputs)
+            except ShrinkRefused as error:
+                where = repr(error.layer) if error.layer else "the model"
+                said = f"fold: the constants of removed units cannot move into {where}: {error.reason}"
+                raise StageFailed(f"{said}; legal: fold = false") from error
+        return replace(state, weights=of_model(model))
 
     def _regrow(self, op: Regrow, parents: Sequence[State]) -> State:
         state = parents[0]
@@ -374,5 +449,5 @@ def rewind(op: Rewind, parents: Sequence[State]) -> State:
     pruned = parents[0]
     if op.what == "lr":
         assert op.to is not None
-        return replace(pruned.without_optimizer(), position=op.to)
-    return replace(parents[1], masks=pruned.masks).masked()
+        return replace(pruned.without_optimizer(), position=op.to, remarks={})
+    return replace(parents[1], masks=pruned.masks, remarks={}).masked()

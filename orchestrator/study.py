@@ -7,11 +7,13 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import history
-from orchestrator.errors import InputError, PlanError, QueryError, SpecError, UnknownName
+from orchestrator.code import code_digest
+from orchestrator.errors import InputError, QueryError, SpecError, UnknownName
 from orchestrator.front import Front, NothingMeets, column_of, front, joined, known_measures
 from orchestrator.mixes import warnings
 from orchestrator.objectives import NOT_MEASURED, OBJECTIVES, Objective, objectives
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from orchestrator.retention import Swept
     from orchestrator.settings import OtherTask
     from orchestrator.tasks.info import TaskInfo
+    from orchestrator.warm_start import WarmStart
 
 _CHANGES_SHOWN = 2
 _LONGEST_VALUE = 60
@@ -49,6 +52,7 @@ class Study:
         self.store = Store(store)
         self.root = Path(root).resolve()
         self._meta: dict[str, Any] | None = None
+        self._info: TaskInfo | None = None
         self._text = ""
         self._path = ""
 
@@ -137,6 +141,7 @@ class Study:
                     found = objectives(self.spec.objectives, info)
                     setting = Setting(spec=self.spec, info=info, objectives=found, code=code)
                     self._check(setting)
+                    setting = replace(setting, warm=self._warm_start(setting))
                 lease.check()  # workers may take so long to come that another driver is there first
                 self._write(setting)
                 # What an older driver still writes from here on decides nothing any more.
@@ -163,11 +168,18 @@ class Study:
         with self._naming_its_file():
             found = objectives(self.spec.objectives, info)
             self._check(Setting(spec=self.spec, info=info, objectives=found, code=code))
+        self._info = info
         return info
 
     def warnings(self) -> list[str]:
         """What the study may do that is legal, but hardly what was meant; a line for each, after `check` or `run`."""
-        found = (line for settings in self.spec.check_mixes() for line in warnings(settings))
+        from orchestrator.idle import idle
+
+        mixes = self.spec.check_mixes()
+        info = self._info or self.check()
+        found = [line for settings in mixes for line in warnings(settings, info.train_examples)]
+        found += idle(self.spec, mixes, info)
+        found += filter(None, [self.spec.too_few()])
         return list(dict.fromkeys(found))
 
     def front(self, where: Sequence[str] = (), minimise: str | None = None) -> Front:
@@ -175,7 +187,7 @@ class Study:
         return front(
             self.store,
             self.spec.name,
-            self._objectives(),
+            self.objectives(),
             seeds=len(self.spec.seeds),
             where=where,
             minimise=minimise,
@@ -207,11 +219,16 @@ class Study:
 
     def status(self) -> dict[str, Any]:
         """How the study stands by its ledger: the document that `orchardist status --format json` prints."""
+        from orchestrator.pools.protocol import RETRIED
+
         alive = held(self.store.files, self.spec.name)
         past = history.read(self.store, self.spec.name)
         done = [ending for ending in past.endings.values() if ending.state == "done"]
         failed = {number: e.reason for number, e in past.endings.items() if e.state == "failed"}
         ended = past.finished and len(past.endings) >= len(past.proposals)
+        best = Standing(asked=self.spec.trials)
+        for ending in done:
+            best.note(self.objectives(), ending.values or ())
         return {
             "study": self.spec.name,
             "state": "running" if alive else "done" if ended else "stopped",
@@ -224,6 +241,8 @@ class Study:
             },
             "epochs": {"asked": sum(e.epochs for e in done), "run": past.epochs_run},
             "stages": {"asked": sum(e.stages for e in done), "run": past.stages_run},
+            "retries": dict.fromkeys(RETRIED, 0) | past.retries,
+            "best": best.best,
             "failures": failed,
         }
 
@@ -242,12 +261,37 @@ class Study:
         return fetch(self, key, Path(folder), where=where, minimise=minimise, formats=formats)
 
     def fetch_ticket(
-        self, key: str | None, folder: str | Path, *, where: Sequence[str] = (), minimise: str | None = None
+        self,
+        key: str | None,
+        folder: str | Path,
+        *,
+        where: Sequence[str] = (),
+        minimise: str | None = None,
+        recipe: bool = False,
     ) -> Path:
-        """Write one ticket into `folder` as a small file, which other studies can start from; returns the file."""
+        """Write one ticket into `folder` as a small file, which other studies can start from; returns the file.
+
+        With `recipe` it says how its weights are made instead of holding them: for studies of the same task.
+        """
         from orchestrator.tickets.study.export import fetch_ticket
 
-        return fetch_ticket(self, key, Path(folder), where=where, minimise=minimise)
+        return fetch_ticket(self, key, Path(folder), where=where, minimise=minimise, recipe=recipe)
+
+    def responsible(
+        self,
+        key: str | None = None,
+        *,
+        where: Sequence[str] = (),
+        minimise: str | None = None,
+        learnt_above: float | None = None,
+    ) -> dict[str, Any]:
+        """Who pays for the pruning: the document that `orchardist responsible --format json` prints; the task is run.
+
+        Arguments as for `orchestrator.responsible.account.account`.
+        """
+        from orchestrator.responsible.account import account
+
+        return account(self, key, where=where, minimise=minimise, learnt_above=learnt_above)
 
     def report(self, path: str | Path) -> Path:
         """Write one HTML file that shows this study and opens offline; returns the file. No code of the user is run."""
@@ -289,14 +333,18 @@ class Study:
         finally:
             lease.release()
 
-    def _objectives(self) -> list[Objective]:
+    def objectives(self) -> list[Objective]:
+        """What the study optimises: as noted when it was first run, or by what its file says."""
         noted = (self._meta or self.noted()).get("objectives", [])
         return [Objective(**objective) for objective in noted] or [OBJECTIVES[name] for name in self.spec.objectives]
 
     def _refuse_early(self) -> None:
         """What can be refused before a worker is started for it."""
         self._refuse_another_study()
-        job = self._job({}, nonce="")
+        sources = self._bind_functions()
+        with self._naming_its_file():
+            self.spec.check_mixes({name: source.digest for name, source in sources.items()})
+        job = self._job(sources, nonce="")
         if job.ticket is not None:
             from orchestrator.tickets.given import read_given
 
@@ -330,14 +378,15 @@ class Study:
         return changes or ["by another version of Orchardist, which read it differently"]
 
     @contextmanager
-    def _naming_its_file(self) -> Iterator[None]:
-        """What is wrong with the study says in which file it stands, where it came from one."""
+    def _naming_its_file(self, key: str = "") -> Iterator[None]:
+        """What is wrong with the study says in which file it stands, where it came from one, and under which key."""
         try:
             yield
-        except (SpecError, PlanError, UnknownName) as error:
-            if not self._path:
+        except InputError as error:
+            if not self._path and not key:
                 raise
-            raise SpecError(f"{self._path}: {error}") from error
+            place = ": ".join(part for part in (self._path, key) if part)
+            raise SpecError(f"{place}: {error}") from error
 
     def _refuse_other_task(self, info: TaskInfo, code: Mapping[str, str], accept: bool) -> None:
         """The study goes on with the code and data that it began with, unless the user accepts the mix."""
@@ -371,16 +420,17 @@ class Study:
         from orchestrator.pruning.criteria import CRITERIA, check_signature
         from orchestrator.tasks.source import function_source, install_function
 
-        sources = {name: function_source(name, self.root) for name in names}
-        for name, source in sources.items():
-            function = install_function(source, self.root)
-            check_signature(name, function)
+        sources = {}
+        for name in names:
+            with self._naming_its_file("space.criterion"):
+                sources[name] = function_source(name, self.root)
+                function = install_function(sources[name], self.root)
+                check_signature(name, function)
             CRITERIA.bind(name, function)
         return sources
 
     def _job(self, sources: Mapping[str, Any], nonce: str) -> Job:
         """What every worker must know of this study."""
-        from orchestrator.code import code_digest
         from orchestrator.pools import protocol
         from orchestrator.tasks.source import collect, to_send
 
@@ -406,6 +456,9 @@ class Study:
             latency="latency_ms" in {*self.spec.objectives, *self.spec.constraints},
             structures=self.spec.structures(),
             budgets=self.spec.budgeted(),
+            checkpoint_minutes=self.spec.checkpoint_minutes,
+            timeout_seconds=self.spec.timeout_seconds,
+            needs=self.spec.needs(),
         )
 
     @contextmanager
@@ -447,6 +500,15 @@ class Study:
                 raise SpecError(f"tickets.tasks: {name!r} has the code, data and parameters of {other}")
             seen[digest] = name
 
+    def _warm_start(self, setting: Setting) -> WarmStart:
+        """What earlier studies give this one to begin with: worked out once, and read from its notes ever after."""
+        from orchestrator.warm_start import WarmStart, resolve
+
+        if not self.spec.warm_start:
+            return WarmStart()
+        noted = self.noted().get("warm_start") or resolve(self.store, setting).as_json()
+        return WarmStart.from_json(json.loads(json.dumps(noted)))
+
     def _write(self, setting: Setting) -> None:
         meta = {
             "digest": self.spec.digest(),
@@ -456,6 +518,7 @@ class Study:
             "functions": dict(setting.code),
             "root": str(self.root),
             "objectives": [{"name": o.name, "column": o.column, "direction": o.direction} for o in setting.objectives],
+            **({"warm_start": setting.warm.as_json()} if self.spec.warm_start else {}),
         }
         self._meta = meta
         self.store.write_study(self.spec.name, self._text or self.spec.to_toml(), meta)

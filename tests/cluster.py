@@ -1,15 +1,21 @@
-"""A Ray head with a dashboard in a process of its own, which asks for a token."""
+"""Ray clusters for tests: a head with a dashboard that asks for a token, and nodes that come and go."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+ROOT = str(Path(__file__).resolve().parents[1])
 TOKEN = "a-token-for-tests-0123456789abcdef"
 # Every port is free or chosen by Ray: the usual one of the agent, which starts jobs, may be another cluster's.
 _HEAD = """
@@ -28,9 +34,7 @@ cluster.shutdown()
 @contextmanager
 def head(folder: Path) -> Iterator[tuple[str, str]]:
     """The addresses of its dashboard and of its GCS. It ends with the block, and with this process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
@@ -60,3 +64,118 @@ def head(folder: Path) -> Iterator[tuple[str, str]]:
             process.kill()
             process.wait()
         process.stdout.close()
+
+
+class Nodes:
+    """A cluster of `ray start` processes, each node in a process group of its own, which nobody else's Ray is in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # Ray puts sockets there, whose paths must be short.
+        self._temporary = Path(tempfile.mkdtemp(prefix="ray-"))
+        port = _free_port()
+        self.address = f"127.0.0.1:{port}"
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        self._head = [
+            *("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", "--node-ip-address=127.0.0.1"),
+            *(f"--temp-dir={self._temporary}", f"--ray-client-server-port={_free_port()}"),
+        ]
+
+    def answers(self) -> bool:
+        """Whether the head can be joined."""
+        host, _, port = self.address.partition(":")
+        with suppress(OSError), socket.create_connection((host, int(port)), 1):
+            return True
+        return False
+
+    def head(self, *flags: str, **environment: str) -> subprocess.Popen[bytes]:
+        """A head without cores."""
+        return self._start(*self._head, *flags, **environment)
+
+    def worker(self, name: str, *flags: str) -> subprocess.Popen[bytes]:
+        """A node with a core and the label name=NAME; it joins some seconds later."""
+        flags = flags or ("--num-cpus=1",)
+        return self._start(f"--address={self.address}", "--node-ip-address=127.0.0.1", f"--labels=name={name}", *flags)
+
+    def drain(self, name: str, seconds: float) -> None:
+        """What a cloud's notice does: the node is to be gone in so many seconds."""
+        from ray.core.generated import autoscaler_pb2
+
+        deadline = int((time.time() + seconds) * 1000)
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")  # type: ignore[attr-defined]
+        accepted, why = self._gcs().drain_node(self.alive()[name], reason, "a test", deadline)
+        assert accepted, why
+
+    def alive(self) -> dict[str, str]:
+        """The ids of the worker nodes that are there, by name."""
+        found = self._gcs().get_all_node_info().values()
+        return {node.labels["name"]: node.node_id.hex() for node in found if node.state == 0 and "name" in node.labels}
+
+    def ids(self, name: str) -> list[str]:
+        """The ids of all worker nodes of this name that are there."""
+        found = self._gcs().get_all_node_info().values()
+        return [node.node_id.hex() for node in found if node.state == 0 and node.labels.get("name") == name]
+
+    def kill_raylet(self, node: subprocess.Popen[bytes]) -> None:
+        """As when a machine is switched off: nothing on the node says goodbye."""
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):
+                _, _, rest = path.read_text().rpartition(") ")
+                if int(rest.split()[1]) == node.pid and "(raylet)" in path.read_text():
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    return
+        raise AssertionError(f"no raylet under {node.pid}")
+
+    def end(self) -> None:
+        """End every process that was started here."""
+        for node in self._nodes:
+            with suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _start(self, *flags: str, **environment: str) -> subprocess.Popen[bytes]:
+        if self._nodes:  # two that start at once on one machine may choose the same names for their sockets
+            last = self.folder / f"node-{len(self._nodes) - 1}.log"
+            until(lambda: "Ray runtime started" in last.read_text(), 60, f"the node before has started ({last})")
+        common = ("--block", "--num-gpus=0", "--object-store-memory=80000000", "--dashboard-agent-listen-port=0")
+        with (self.folder / f"node-{len(self._nodes)}.log").open("wb") as log:
+            node = subprocess.Popen(
+                [str(Path(sys.executable).parent / "ray"), "start", *common, *flags],
+                env=os.environ | {"PYTHONPATH": ROOT, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "5"} | environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._nodes.append(node)
+        return node
+
+    def _gcs(self) -> Any:
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+        return GcsClient(address=self.address)
+
+
+@contextmanager
+def nodes(folder: Path) -> Iterator[Nodes]:
+    """A cluster that ends with the block; its logs are in `folder`."""
+    found = Nodes(folder)
+    try:
+        yield found
+    finally:
+        found.end()
+
+
+def until(true: Callable[[], object], seconds: float, what: str) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port

@@ -82,7 +82,80 @@ def cluster_of(name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+MANIFESTS = ["raycluster.yaml", "rayjob.yaml"]
+
+# Fields of KubeRay 1.6's ray.io/v1, and of a pod what is used here: Kubernetes drops a misspelt one with a warning.
+FIELDS: dict[str, str] = {
+    "manifest": "apiVersion kind metadata spec",
+    "RayJobSpec": "activeDeadlineSeconds backoffLimit rayClusterSpec submitterPodTemplate metadata clusterSelector "
+    "submitterConfig managedBy deletionStrategy entrypoint runtimeEnvYAML jobId submissionMode entrypointResources "
+    "entrypointNumCpus entrypointNumGpus ttlSecondsAfterFinished shutdownAfterJobFinishes suspend",
+    "RayClusterSpec": "suspend managedBy autoscalerOptions headServiceAnnotations enableInTreeAutoscaling authOptions "
+    "gcsFaultToleranceOptions headGroupSpec rayVersion workerGroupSpecs",
+    "AuthOptions": "mode secretName enableK8sTokenAuth",
+    "AutoscalerOptions": "resources image imagePullPolicy securityContext idleTimeoutSeconds upscalingMode version env "
+    "envFrom volumeMounts",
+    "HeadGroupSpec": "template headService enableIngress labels resources rayStartParams serviceType",
+    "WorkerGroupSpec": "groupName replicas minReplicas maxReplicas numOfHosts idleTimeoutSeconds suspend labels "
+    "resources rayStartParams template scaleStrategy",
+    "PodTemplateSpec": "metadata spec",
+    "PodSpec": "restartPolicy terminationGracePeriodSeconds nodeSelector tolerations volumes containers",
+    "Toleration": "key operator value effect tolerationSeconds",
+    "Container": "name image ports env envFrom volumeMounts resources",
+    "VolumeMount": "name mountPath subPath readOnly",
+    "ResourceRequirements": "requests limits",
+}
+
+
+def unknown_fields(kind: str, found: dict[str, Any]) -> set[str]:
+    return {f"{kind}.{name}" for name in set(found) - set(FIELDS[kind].split())}
+
+
+def misspelt(manifest: dict[str, Any]) -> set[str]:
+    """Fields of a RayCluster or a RayJob that its kind does not have."""
+    found = unknown_fields("manifest", manifest)
+    spec = manifest["spec"]
+    if manifest["kind"] == "RayJob":
+        found |= unknown_fields("RayJobSpec", spec)
+        spec = spec["rayClusterSpec"]
+    found |= unknown_fields("RayClusterSpec", spec) | unknown_fields("AuthOptions", spec["authOptions"])
+    found |= unknown_fields("AutoscalerOptions", spec["autoscalerOptions"])
+    groups = [("HeadGroupSpec", spec["headGroupSpec"]), *(("WorkerGroupSpec", g) for g in spec["workerGroupSpecs"])]
+    for kind, group in groups:
+        pod = group["template"]["spec"]
+        found |= unknown_fields(kind, group) | unknown_fields("PodTemplateSpec", group["template"])
+        found |= unknown_fields("PodSpec", pod)
+        for toleration in pod.get("tolerations", ()):
+            found |= unknown_fields("Toleration", toleration)
+        for container in pod["containers"]:
+            found |= unknown_fields("Container", container)
+            found |= unknown_fields("ResourceRequirements", container["resources"])
+            for mount in container.get("volumeMounts", ()):
+                found |= unknown_fields("VolumeMount", mount)
+    return found
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_every_field_of_a_manifest_is_one_of_its_kind(name: str) -> None:
+    assert not misspelt(read(name))
+
+
+def test_canary_a_misspelt_field_is_seen() -> None:
+    manifest = read("rayjob.yaml")
+    manifest["spec"]["backOffLimit"] = 3
+    manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["toleration"] = []
+    assert misspelt(manifest) == {"RayJobSpec.backOffLimit", "PodSpec.toleration"}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_numbers_that_kubernetes_wants_as_words_are_words(name: str) -> None:
+    spec = cluster_of(name)
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        assert all(isinstance(value, str) for value in group.get("labels", {}).values())
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
 def test_a_cluster_on_kubernetes_scales_from_none_behind_a_token(name: str) -> None:
     spec = cluster_of(name)
     assert spec["authOptions"] == {"mode": "token"}
@@ -103,7 +176,7 @@ def test_a_cluster_on_kubernetes_scales_from_none_behind_a_token(name: str) -> N
     assert pod["terminationGracePeriodSeconds"] >= 60
 
 
-@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+@pytest.mark.parametrize("name", MANIFESTS)
 def test_both_manifests_describe_one_cluster(name: str) -> None:
     """What differs is only how the study gets there."""
     other, mine = cluster_of("raycluster.yaml"), cluster_of(name)
@@ -119,6 +192,7 @@ def test_a_job_that_loses_its_cluster_is_run_again_and_goes_on() -> None:
     words = shlex.split(spec["entrypoint"])
     assert words[:3] == ["python", "-m", "orchestrator.jobs.entrypoint"]
     assert accepted("run", words[3:]), "the entrypoint takes what `orchardist run` takes"
+    assert words[-2:] == ["--gpus-per-worker", "1"], "with no worker there yet, nobody sees that the cluster has GPUs"
     head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     mounted = {mount["mountPath"]: mount.get("subPath") for mount in head["volumeMounts"]}
     assert words[3] in mounted and all(mounted.values()), "a ConfigMap's links would be followed out of the folder"

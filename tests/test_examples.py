@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # What is run of each study: fewer trials, and for the large one shorter ones.
 SHORT: dict[str, dict[str, Any]] = {
     "before_training.toml": {"trials": 7, "epochs": 1},
+    "bert.toml": {"trials": 4, "epochs": 1, "retrain_epochs": 0.2},
     "checkpoint.toml": {"trials": 2},
     "digits.toml": {"trials": 2},
     "gradual.toml": {"trials": 3, "epochs": 10},
@@ -69,7 +70,7 @@ def test_every_example_is_tested() -> None:
     assert studies == SHORT.keys()
     tasks = {StudySpec.load(EXAMPLES / name).task for name in studies}
     scripts = {path.name for path in EXAMPLES.glob("*.py")} - tasks
-    assert scripts == {"python_api.py"}
+    assert scripts == {"python_api.py", "save_pretrained.py"}
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -190,12 +191,24 @@ def test_both_tickets_are_held_against_their_controls(finished: dict[str, Study]
     assert consensus["overlap"]["jaccard"] > consensus["overlap"]["chance"]
 
 
-def test_the_way_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("python_api", EXAMPLES / "python_api.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main(str(tmp_path / "store"))
+    return module
+
+
+def test_a_pruned_transformer_is_loaded_back_by_transformers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script("save_pretrained").main(str(tmp_path / "store"), trials=2, epochs=0.5)
+    said = capsys.readouterr().out
+    assert "its config says 128 dense, 32 pruned" in said and said.endswith("the outputs differ by 0.0e+00\n")
+
+
+def test_the_way_in_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script("python_api").main(str(tmp_path / "store"))
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("dense: accuracy 0.9")
     measured, recorded = said[-1].rpartition("accuracy on test ")[2].split(", recorded ")

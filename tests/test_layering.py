@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # What is imported -> the only files that may (a pattern's * crosses folders). What is not named here is free.
 ONLY = {
-    "optuna": ("search/proposer.py",),
+    "optuna": ("search/proposer.py", "search/optuna_study.py"),
+    "mlflow": ("orchestrator/trackers/mlflow.py",),
+    "transformers": ("orchestrator/export/pretrained.py",),
     "ray": ("orchestrator/pools/ray.py", "orchestrator/jobs/submit.py"),
     "pyarrow": ("orchestrator/store/*",),
     "fsspec": ("orchestrator/store/*",),
@@ -30,10 +32,12 @@ ONLY = {
         "orchestrator/cli.py",
         "orchestrator/front.py",
         "orchestrator/driver.py",
+        "orchestrator/warm_start.py",
         "orchestrator/history.py",
         "orchestrator/catalogue.py",
         "orchestrator/code.py",
         "orchestrator/jobs/shipping.py",
+        "orchestrator/trackers/optuna.py",
         "orchestrator/__init__.py",
     ),
 }

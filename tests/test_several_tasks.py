@@ -362,6 +362,34 @@ def test_the_same_ticket_in_one_study_or_over_a_file_is_the_same_model(file: Pat
     assert small.same_bits(models[0][moved["key"]], models[1][there["key"]])
 
 
+def test_a_ticket_with_a_recipe_for_its_weights_is_the_same_ticket(tried: Study, root: Path, tmp_path: Path) -> None:
+    write(tmp_path)
+    key = tried.tickets(structure=False)["tickets"][-1]["key"]
+    fields: dict[str, Any] = {"space": {"phase": "ticket"}, "seeds": [5]}
+    models = []
+    for name in ("with weights", "with a recipe"):
+        file = tried.fetch_ticket(key, tmp_path / name, recipe=name == "with a recipe")
+        assert (from_file_bytes(file.read_bytes()).weights is None) == (name == "with a recipe")
+        tickets = {"ticket": f"{name}/ticket.safetensors", "controls": ["shuffled"]}
+        found = study(tmp_path, name="again", task="my_task.py", tickets=tickets, **fields)
+        assert found.run(LocalPool()).done == 1
+        (ticket,) = found.tickets(structure=False)["tickets"]
+        models.append(small.models(found.store, "again")[ticket["key"]])
+    assert small.same_bits(*models)
+
+
+def test_a_recipe_is_refused_where_the_model_starts_from_other_weights(
+    tried: Study, root: Path, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    tried.fetch_ticket(tried.tickets(structure=False)["tickets"][-1]["key"], tmp_path, recipe=True)
+    for refused in (given(tmp_path).check, lambda: given(tmp_path).run(LocalPool())):
+        with pytest.raises(
+            InputError, match=r"does not start from them under init seed 0: it was found on the task 'my"
+        ):
+            refused()
+
+
 def test_a_tampered_file_is_refused_before_anything_runs(file: Path, root: Path) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -408,3 +436,5 @@ def test_a_rewound_ticket_takes_its_trained_weights_along(root: Path, tmp_path: 
     mask = ticket.masks[BODY]
     assert ticket.position == ticket.recipe["steps"] == 4 and ticket.weights is not None
     assert not torch.equal(ticket.weights[BODY][mask], init.weights[BODY][mask])
+    with pytest.raises(QueryError, match="trained for 4 steps, which a recipe does not make again; legal: without"):
+        found.fetch_ticket(key, tmp_path, recipe=True)

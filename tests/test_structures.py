@@ -335,6 +335,9 @@ def test_ignored_branches_stay(root: Path) -> None:
         ("conv", {"rate": 0.5, "scope": "global"}, {"prune": {"layer_factors": {"0": 0.5}}}, "scope = 'layer'"),
         ("conv", {"structure": "2:4"}, {"prune": {"layer_factors": {"0": 0.5}}}, "keeps as much everywhere"),
         ("conv", {"flops_budget": 0.1}, {"prune": {"ignore": ["3.*"]}}, "flops_budget 0.1 cannot be met"),
+        ("conv", {"structure": "filter", "params_budget": 0.01}, {}, "params_budget 0.01 cannot be met: "),
+        ("conv", {"structure": "neuron", "sparsity": 0.9}, {}, "sparsity 0.9 cannot be met: "),
+        ("conv", {"criterion": "batchnorm", "rate": 0.5}, {}, "no batchnorm_scale of '6.weight', '8.weight'"),
         (
             "transformer",
             {"structure": "layer", "rate": 0.5, "criterion": "skeletonization"},
@@ -352,18 +355,10 @@ def test_refused(root: Path, model: str, params: dict[str, Any], sections: dict[
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("params", "said"),
-    [
-        ({"structure": "filter", "params_budget": 0.01}, "a params_budget of 0.01 cannot be met: "),
-        ({"structure": "neuron", "sparsity": 0.9}, "a sparsity of 0.9 cannot be met: "),
-        (
-            {"criterion": "batchnorm", "rate": 0.5},
-            "no BatchNorm with a scale reads the output of '6.weight', '8.weight'",
-        ),
-    ],
-)
-def test_what_only_the_weights_can_tell_fails_with_the_reason(root: Path, params: dict[str, Any], said: str) -> None:
-    ran = Ran(root, "conv", params)
-    (reason,) = ran.study.status()["failures"].values()
-    assert said in reason and "\n" not in reason
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_what_only_the_weights_can_tell_is_met_or_fails_with_the_reason(root: Path, criterion: str) -> None:
+    """The budget is met where the smallest of all layers is the one that stays."""
+    ran = Ran(root, "transformer", {"structure": "layer", "criterion": criterion, "params_budget": 0.33})
+    reasons = list(ran.study.status()["failures"].values())
+    assert all("a params_budget of 0.33 cannot be met: 0.33" in reason and "\n" not in reason for reason in reasons)
+    assert reasons or ran.last["nonzero_params"] <= 0.33 * ran.last["total_params"]

@@ -29,7 +29,7 @@ from orchestrator.state import State, from_bytes
 from orchestrator.tasks.load import load
 from orchestrator.tasks.source import collect
 from orchestrator.tickets import algebra
-from orchestrator.tickets.study.table import read
+from orchestrator.tickets.study.table import read, rows, says
 from tests.orchestrator.pools import small
 from tests.test_study import Counting
 
@@ -263,6 +263,39 @@ def test_any_number_of_workers_gives_the_same_tickets(
     assert local.tickets() == spread.tickets()
 
 
+# --- Learning curves ------------------------------------------------------------------------------------------------
+
+
+def curves(study: Study) -> dict[str, list[int]]:
+    """The steps at which the curves of the last ticket and its controls have a point."""
+    found = list(read(study))[-1]
+    everyone = {
+        "ticket": found.rows,
+        **{kind: {seed: row for seed, (row,) in each.items()} for kind, each in found.controls.items()},
+    }
+    return {kind: [step for step, *_ in json.loads(each[0]["curve"] or "[]")] for kind, each in everyone.items()}
+
+
+TAKEN: dict[str, Any] = {
+    "train": {**small.TRAIN, "evaluate_every": 0.5},
+    "controls": ["dense", "dense-long", "shuffled"],
+}
+
+
+def test_a_curve_has_every_point_wherever_its_training_was_cut(root: Path, memory: str) -> None:
+    whole = {"ticket": [2, 4, 6, 8], "dense": [2, 4, 6, 8], "dense-long": [*range(2, 25, 2)], "shuffled": [2, 4, 6, 8]}
+    assert curves(run(memory, root, IMP, **TAKEN)) == whole
+    late = run(f"{memory}-late", root, IMP | {"rewind_step": 3}, **TAKEN)
+    assert curves(late) == whole | {"ticket": [4, 6, 8], "shuffled": [4, 6, 8]}
+
+
+def test_a_curve_whose_beginning_an_earlier_study_did_not_take_is_none(root: Path, memory: str) -> None:
+    rewound, train = IMP | {"rewind_step": 3}, dict(small.TRAIN)
+    run(memory, root, rewound, name="without", controls=[], train=train)
+    found = curves(run(memory, root, rewound, **TAKEN))
+    assert found["dense-long"] == [] and found["shuffled"] == [4, 6, 8]
+
+
 # --- Rules and what varies -----------------------------------------------------------------------------------------
 
 
@@ -360,7 +393,9 @@ def test_the_sanity_suite_runs_for_every_criterion_before_training(criterion: st
 # --- What is no rival's fault --------------------------------------------------------------------------------------
 
 
-def test_a_control_that_fails_is_merely_missing(root: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_inverse(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """While it holds no control of the kind "inverted" can be made."""
     from orchestrator import stages
 
     right = stages.controlled
@@ -371,10 +406,70 @@ def test_a_control_that_fails_is_merely_missing(root: Path, memory: str, monkeyp
         return right(op, parents)
 
     monkeypatch.setattr(stages, "controlled", failing)
-    study = run(memory, root, CONSENSUS, controls=["shuffled", "inverted", "random"])
-    assert list(last(study)["controls"]) == ["shuffled", "random"]
+    return monkeypatch
+
+
+THREE = ["shuffled", "inverted", "random"]
+
+
+def test_a_control_that_fails_is_told_with_its_reason(
+    root: Path, memory: str, no_inverse: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "orchardist")
+    study = run(memory, root, CONSENSUS, controls=THREE, seeds=[0, 1])
+    ticket = last(study)
+    assert list(ticket["controls"]) == ["shuffled", "random"]
+    reason = "raised: there is no such mask"
+    assert ticket["failed"] == {"inverted": {"0": reason, "1": reason}}
+    assert f"failed under seeds 0, 1: {reason}" in [row["claim"] for row in rows(study.tickets())]
+    assert "What failed is tried again when the study is run again." in says(study.tickets())
+    assert caplog.messages == ["2 controls of trial 0 failed: `tickets` says why"]
     assert study.status()["trials"]["failed"] == 0
     assert [point["key"] for point in study.front().points if point["trial"] == 0]
+
+
+def test_a_control_that_failed_is_tried_again_by_the_next_run(
+    root: Path, memory: str, no_inverse: pytest.MonkeyPatch
+) -> None:
+    run(memory, root, CONSENSUS, controls=THREE)
+    again = Counting()
+    study = run(memory, root, CONSENSUS, again, controls=THREE)
+    assert again.reported == [] and list(last(study)["failed"]) == ["inverted"]  # it fails once more, and alone
+    no_inverse.undo()
+    study = run(memory, root, CONSENSUS, again, controls=THREE)
+    ticket, straight = last(study), last(run(f"{memory}-straight", root, CONSENSUS, controls=THREE))
+    assert ticket == straight and list(ticket["controls"]) == THREE and not ticket["failed"]
+    assert len(again.reported) == 1  # what was there is not run again
+    events = [row["event"] for row in study.store.table("small", "events").to_pylist()]
+    assert (events.count("done"), events.count("tickets")) == (1, 1)
+    assert study.status()["trials"] == {"asked": 1, "done": 1, "running": 0, "failed": 0, "stopped": 0}
+    run(memory, root, CONSENSUS, again, controls=THREE)
+    assert len(again.reported) == 1
+
+
+def test_a_trial_that_begins_after_its_control_has_failed_says_why(
+    root: Path, memory: str, no_inverse: pytest.MonkeyPatch
+) -> None:
+    space = IMP | {"rounds": [1, 2, 3]}
+    fields: dict[str, Any] = {"trials": 3, "sampler": "tpe", "enqueue": [{"rounds": rounds} for rounds in (1, 2, 3)]}
+    study = study_of(memory, root, space, controls=["inverted"], tickets={"rounds": [1]}, **fields)
+    assert study.run(LocalPool()).done == 3
+    told = [row for row in study.store.table("small", "events").to_pylist() if row["event"] == "control failed"]
+    assert {row["trial"] for row in told} == {0, 1, 2} and len({row["key"] for row in told}) == 1
+    assert {json.loads(row["detail"])["reason"] for row in told} == {"raised: there is no such mask"}
+
+
+def test_controls_of_another_task_than_the_trial_s_are_not_tried_again(
+    root: Path, tmp_path: Path, memory: str, no_inverse: pytest.MonkeyPatch
+) -> None:
+    own = small.write_task(tmp_path / "own")
+    run(memory, own, IMP, controls=THREE)
+    no_inverse.undo()
+    (own / "blobs.py").write_text((own / "blobs.py").read_text() + "\n# changed\n")
+    again = Counting()
+    study = study_of(memory, own, IMP, controls=THREE)
+    study.run(again, accept_task_change=True)
+    assert len(again.reported) == 1  # the dense model of the changed task, and no control
 
 
 def assert_no_control_is_a_point(study: Study) -> None:

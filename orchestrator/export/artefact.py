@@ -12,11 +12,13 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from orchestrator.errors import InputError, UnknownName
-from orchestrator.export import CSR, MASKS, ONNX, PACKED, PT2, SHRUNK, WEIGHTS
+from orchestrator.export import CSR, LINEAGE, MASKS, ONNX, PACKED, PT2, SEMI, SHRUNK, WEIGHTS
 from orchestrator.export.csr import from_csr
+from orchestrator.export.packed import from_packed
+from orchestrator.export.semi import from_semi
 from orchestrator.export.tensors import masks_of
 from orchestrator.stages import Stages
-from orchestrator.state import State, from_bytes, into_model
+from orchestrator.state import State, into_model
 from orchestrator.tasks import BUILTIN
 from orchestrator.tasks.load import LoadedTask
 from orchestrator.tasks.load import load as load_task
@@ -29,12 +31,13 @@ NEEDS: Mapping[str, Sequence[str]] = {
     "packed": (PACKED,),
     "shrunk": (WEIGHTS, MASKS, SHRUNK),
     "csr": (CSR,),
+    "2:4": (SEMI,),
     "pt2": (PT2,),
     "onnx": (ONNX,),
 }
 """The files that each form of a model is made of."""
 
-FILES = tuple(dict.fromkeys(name for needed in NEEDS.values() for name in needed))
+FILES = (*dict.fromkeys(name for needed in NEEDS.values() for name in needed), LINEAGE)
 """All that a card may list."""
 
 WITHOUT_TASK = ("pt2", "onnx")
@@ -47,7 +50,8 @@ def load(folder: str | Path, task: str | None = None, *, format: str | None = No
     Args:
         folder: what `fetch` wrote.
         task: the user's task file or module, whose model class it is; built-in tasks, pt2 and ONNX need none.
-        format: "safetensors", "packed" (the smallest copy), "csr" (sparse linear layers), "pt2" or "onnx" (run by ONNX
+        format: "safetensors", "packed" (the smallest copy), "csr" (sparse linear layers), "2:4" (see
+            `orchestrator.export.semi`), "pt2" or "onnx" (run by ONNX
             Runtime). By default safetensors, but pt2 for a model of the user's own task that comes without the task.
         shrunk: of safetensors without the units that were removed, where they could be cut out; else, and where only
             single weights were pruned, the model in full with zeros for what is gone.
@@ -149,8 +153,10 @@ def build(form: str, files: Mapping[str, bytes], stages: Stages | None = None, *
     match form:
         case "csr":
             return from_csr(files[CSR], stages.model())
+        case "2:4":
+            return from_semi(files[SEMI], stages.model())
         case "packed":
-            return _filled(stages.model(), from_bytes(files[PACKED]).weights)
+            return _filled(stages.model(), from_packed(files[PACKED]).weights)
         case "shrunk":
             small = stages.shrunk(state_of(files))
             if small is None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import __version__
-from orchestrator.export import CSR, PACKED, SHRUNK, WEIGHTS
+from orchestrator.export import CSR, LINEAGE, PACKED, SEMI, SHRUNK, WEIGHTS
+from orchestrator.export.semi import TAKES
 from orchestrator.outcome import MEASURES
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def card_of(study: Study, row: Mapping[str, Any], lineage: list[dict[str, Any]])
         "measures": measures,
         "layers": json.loads(row["layers"] or "{}"),
         "lineage": lineage,
-        "certificate": {"reloaded": None, "shrunk": None, "csr": None, "pt2": None, "onnx": None},
+        "prunings": None,
+        "certificate": {"reloaded": None, "shrunk": None, "csr": None, "2:4": None, "pt2": None, "onnx": None},
         "latency": [],
         "exports": {},
         "refused": {},
@@ -68,8 +70,9 @@ def card_of(study: Study, row: Mapping[str, Any], lineage: list[dict[str, Any]])
 
 def enter_files(card: dict[str, Any], files: Mapping[str, bytes]) -> None:
     """What the files weigh, raw and compressed, and their hashes."""
-    card["bytes"] = {_stem(name): len(content) for name, content in files.items()}
-    compressed = {_stem(name): len(zlib.compress(content, COMPRESSION)) for name, content in files.items()}
+    models = {name: content for name, content in files.items() if name != LINEAGE}
+    card["bytes"] = {_stem(name): len(content) for name, content in models.items()}
+    compressed = {_stem(name): len(zlib.compress(content, COMPRESSION)) for name, content in models.items()}
     card["compressed"] = {"with": f"zlib, level {COMPRESSION}", "bytes": compressed}
     card["files"] = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()
@@ -130,7 +133,7 @@ def _of_size(card: Mapping[str, Any]) -> str:
         return "The model is dense: nothing of it is pruned."
     whole = files[WEIGHTS]["bytes"]
     least = min((name for name in (PACKED, SHRUNK) if name in files), key=lambda name: int(files[name]["bytes"]))
-    how = "with its units cut out" if least == SHRUNK else "as mask bits and kept values"
+    how = "with its units cut out" if least == SHRUNK else "as kept values and their places"
     gone = f"{sparsity:.1%} of the prunable weights are gone"
     size = files[least]["bytes"]
     if whole / size < 1.05:  # which would read 1.0×
@@ -155,6 +158,11 @@ def _of_speed(card: Mapping[str, Any], timed: Sequence[Mapping[str, Any]], certi
     sparse = [entry for entry in timed if entry["format"] == "csr"]
     if CSR in card["files"] and sparse:
         said.append(f"With linear layers as CSR: {_claims(sparse, '', explained(card['measures'], sizes, 'csr'))}.")
+    halved = [entry for entry in timed if entry["format"] == "2:4"]
+    if halved:
+        said.append(f"Packed as 2:4, in half precision: {_claims(halved, '', 2.0)}.")
+    elif SEMI in card["files"]:
+        said.append(f"Its 2:4 layers are packed too, but not run so on this device: {TAKES}.")
     return said
 
 

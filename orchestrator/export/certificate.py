@@ -20,6 +20,7 @@ from orchestrator.canonical import finite
 from orchestrator.errors import InputError, TaskError
 from orchestrator.export import MASKS, WEIGHTS, ExportRefused, artefact
 from orchestrator.export.card import in_words
+from orchestrator.export.semi import HalfPrecision, accelerated, why_not
 from orchestrator.measures.accuracy import BATCH_SIZE, concatenate
 from orchestrator.measures.latency import compare
 from orchestrator.measures.memory import peak_bytes
@@ -72,7 +73,7 @@ def certify(
         loaded: the task, whose validation rows the outputs are compared on.
         masked: the full model with zeros for what is gone, on the device.
         forms: by name; "torch" is the shrunk model where units were cut out, else the masked one. Others are "shrunk",
-            "csr", "pt2" and "onnx".
+            "csr", "2:4", "pt2" and "onnx".
         device: "cpu" or "cuda".
         threads: of a CPU.
         seconds: about how long each form is timed at each batch.
@@ -177,7 +178,7 @@ def forms_of(
         stages: of the task, on the CPU.
         masked: the full model with zeros, on the device.
         exports: the card's: for pt2 and onnx `rows`, 1 where they take only one row at a time, else None.
-        device: on another one than "cpu" there are only "torch" and "shrunk".
+        device: on another one than "cpu" there are only "torch", "shrunk" and, where it skips what is gone, "2:4".
         threads: for ONNX Runtime.
     """
     there = artefact.forms_of(list(files))
@@ -186,6 +187,12 @@ def forms_of(
     forms = {"torch": Form(pruned=masked if small is None else small, dense=dense)}
     if small is not None:
         forms["shrunk"] = Form(pruned=small)
+    if "2:4" in there:
+        packed = artefact.build("2:4", files, stages).to(device)
+        if not why_not(packed):
+            forms["2:4"] = Form(pruned=accelerated(packed), dense=HalfPrecision(copy.deepcopy(dense).half()))
+        elif device == "cpu":
+            forms["2:4"] = Form(pruned=packed)
     if device != "cpu":
         return forms
     if "csr" in there:

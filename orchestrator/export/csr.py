@@ -64,7 +64,7 @@ def to_csr(model: nn.Module) -> nn.Module | None:
     Layers that a module above reads directly, as `nn.MultiheadAttention` does, are left as they are.
     """
     small = copy.deepcopy(model)
-    names = [name for name, layer in _linear(small) if float((layer.weight == 0).float().mean()) >= SPARSE_ENOUGH]
+    names = [name for name, layer in linear_layers(small) if float((layer.weight == 0).float().mean()) >= SPARSE_ENOUGH]
     for name in names:
         layer = small.get_submodule(name)
         assert isinstance(layer, nn.Linear)
@@ -110,7 +110,7 @@ def _from_tensors(name: str, layer: nn.Linear, given: Mapping[str, Tensor]) -> S
     return empty
 
 
-def _linear(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     """The linear layers that are only ever called."""
     readers = tuple(
         name for name, module in model.named_modules() if isinstance(module, nn.TransformerEncoderLayer) and name

@@ -9,20 +9,21 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from orchestrator.export import MASKS, PACKED, WEIGHTS
-from orchestrator.state import State, of_model, to_bytes
+from orchestrator.export.packed import packed_file
+from orchestrator.state import State, of_model
 
 
 def files_of(state: State) -> dict[str, bytes]:
     """The three files of every fetched model, by name.
 
     `weights.safetensors` is a plain state dict with zeros for what was pruned, `masks.safetensors` has a 0/1 tensor
-    (uint8) for each pruned weight, and `packed.safetensors` holds mask bits and kept values alone.
+    (uint8) for each pruned weight, and `packed.safetensors` holds kept values and where they stand alone.
     """
     masked = state.masked()
     return {
         WEIGHTS: save(dict(masked.weights)),
         MASKS: save({name: mask.to(torch.uint8) for name, mask in masked.masks.items()}),
-        PACKED: to_bytes(masked),
+        PACKED: packed_file(masked),
     }
 
 

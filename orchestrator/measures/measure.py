@@ -10,11 +10,12 @@ from safetensors.torch import save
 from torch import nn
 
 from orchestrator.errors import NotFinite
+from orchestrator.export.packed import packed_file
 from orchestrator.measures import flops, size
 from orchestrator.measures.accuracy import evaluate
 from orchestrator.outcome import OUTCOME_COLUMNS
 from orchestrator.pruning.masks import sparsity
-from orchestrator.state import State, of_model, to_bytes
+from orchestrator.state import State, of_model
 
 if TYPE_CHECKING:
     from orchestrator.stages import Stages
@@ -45,7 +46,7 @@ def measure(
     layers = {layer.name: [_kept(state, layer.name, layer.size), layer.size] for layer in loaded.info.layers}
     nonzero, total = size.parameters(model, state.masks)
     counted = stages.flops
-    effective = flops.effective(counted, {name: (kept, of) for name, (kept, of) in layers.items()})
+    effective = float(flops.left(counted, state.masks))
     found |= {
         "sparsity": sparsity(state.masks, {name: of for name, (_, of) in layers.items()}),
         "layers": layers,
@@ -73,8 +74,8 @@ def measure(
 
 
 def _file_bytes(state: State) -> int:
-    """The smaller of the two files that are fetched: with masks and kept values, or with zeros in full."""
-    return min(len(to_bytes(state)), len(save(dict(state.weights))))
+    """The smaller of the two files that are fetched: with kept values and their places, or with zeros in full."""
+    return min(len(packed_file(state)), len(save(dict(state.weights))))
 
 
 def _shrunk(stages: Stages, state: State, found: dict[str, Any]) -> nn.Module | None:

@@ -73,7 +73,10 @@ class Builder:
     def trains_to_the_end(self, key: str) -> bool:
         """Whether a stage is a whole training; what a rewind point cuts off is part of one."""
         node = self.nodes[key]
-        return isinstance(node.op, Train) and node.op.to == self.on(node.task).end
+        if not isinstance(node.op, Train):
+            return False
+        info = self._home.others[node.task] if node.task else self._home
+        return node.op.to == round(self._train.epochs * info.steps_per_epoch(self._train.batch_size))
 
     def init(self) -> str:
         return self.add(Init(seed=self.seed), [])

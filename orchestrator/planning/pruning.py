@@ -9,11 +9,15 @@ from typing import Any
 
 from orchestrator.errors import PlanError, StageFailed
 from orchestrator.ops import Prune
+from orchestrator.planning.reach import refuse_unreachable
 from orchestrator.pruning import criteria, schedules
 from orchestrator.pruning.allocation import Tensors, by_group, counts
 from orchestrator.pruning.patterns import UNITS, block_count, block_size, fits, n_of_m
 from orchestrator.settings import FINAL, Choices, Settings
-from orchestrator.tasks.info import Layer, TaskInfo, matches
+from orchestrator.tasks.info import TaskInfo, matches
+
+MOST_NAMED = 4
+"""So many layers are named in a message."""
 
 
 def prune_ops(settings: Settings, info: TaskInfo, *, seed: int, count: int) -> list[Prune]:
@@ -42,8 +46,11 @@ def prune_ops(settings: Settings, info: TaskInfo, *, seed: int, count: int) -> l
         targets=tuple(sorted(given.items())),
         floor=0 if pattern else settings.prune.floor,
         round_to=settings.prune.round_to if of_units else 1,
+        fold=choices.fold,
+        transposed=tuple((layer.name, layer.transposed) for layer in info.layers if layer.transposed),
         code=settings.criterion_code,
     )
+    _refuse_lacking(op, info)
     needed = criteria.needs(entry)
     draws = "generator" in needed or any(need in criteria.FROM_DATA for need in needed)
     seeds: list[dict[str, Any]] = [{"seed": seed, "round": number} if draws else {} for number in range(1, count + 1)]
@@ -56,6 +63,7 @@ def prune_ops(settings: Settings, info: TaskInfo, *, seed: int, count: int) -> l
     for index, fields in enumerate(seeds):
         fields |= {final: amounts[index], "targets": tuple((name, own[index]) for name, own in of_layers.items())}
         rounds.append(replace(op, **fields))
+    refuse_unreachable(rounds[-1], info)
     return rounds
 
 
@@ -67,12 +75,12 @@ def _amounts(name: str, final: float, schedule: str, count: int) -> list[float]:
 
 
 def _refuse_unfit(settings: Settings, factors: Mapping[str, float], info: TaskInfo) -> None:
-    """Refuse a structure that fits none of the layers to be pruned, and a budget below what is never pruned."""
+    """Refuse a structure that fits none of the layers to be pruned."""
     structure = settings.choices.structure
     free = [layer for layer in info.layers if factors.get(layer.name) != 0.0]
     pattern = n_of_m(structure)
-    if pattern is not None and not any(fits(layer.shape, pattern[1]) for layer in free):
-        sizes = ", ".join(f"{layer.label} {layer.shape[1] if len(layer.shape) > 1 else 1}" for layer in free)
+    if pattern is not None and not any(fits(layer.rows_first, pattern[1]) for layer in free):
+        sizes = ", ".join(f"{layer.label} {layer.rows_first[1] if len(layer.shape) > 1 else 1}" for layer in free)
         raise PlanError(f"structure {structure!r} fits no layer: {pattern[1]} divides none of their inputs ({sizes})")
     if structure in info.units:
         groups = info.units[structure].groups
@@ -84,30 +92,62 @@ def _refuse_unfit(settings: Settings, factors: Mapping[str, float], info: TaskIn
                 f"every {structure} that can be removed lies in a layer that is ignored; there are: {', '.join(groups)}"
             )
     block = block_size(structure)
-    if block is not None and all(block_count(layer.shape, *block) == 1 for layer in free):
+    if block is not None and all(block_count(layer.rows_first, *block) == 1 for layer in free):
         raise PlanError(f"structure {structure!r} fits no layer: every layer is a single block; legal: smaller blocks")
-    if structure not in UNITS:  # these take along what reads them: how little that leaves shows when they are chosen
-        _refuse_budget("flops_budget", settings.choices.flops_budget, info.flops, free)
-        others = {"": info.parameters - sum(layer.size for layer in info.layers)}
-        weights = {layer.name: layer.size for layer in info.layers} | others if info.parameters else {}
-        _refuse_budget("params_budget", settings.choices.params_budget, weights, free)
 
 
-def _refuse_budget(name: str, budget: float | None, costs: Mapping[str, int], free: Sequence[Layer]) -> None:
-    """Refuse a budget below what is never pruned."""
-    if budget is None or not costs:
-        return
-    least = 1 - sum(costs.get(layer.name, 0) for layer in free) / sum(costs.values())
-    if budget < least:
-        what = "FLOPs" if name == "flops_budget" else "parameters"
-        raise PlanError(
-            f"{name} {budget:g} cannot be met: what is never pruned takes {least:.3g} of the {what}; "
-            "legal: more than that"
-        )
+def _refuse_lacking(op: Prune, info: TaskInfo) -> None:
+    """Refuse a criterion without what it needs of the layers that it would score."""
+    scored = _scored(op, info)
+    for need in criteria.needs(criteria.CRITERIA[op.criterion]):
+        lacking = info.lacks.get(need, {})
+        if "" in lacking:
+            raise PlanError(f"criterion {op.criterion!r} cannot be used on this task: {lacking['']}")
+        without = [name for name in scored if name in lacking]
+        if without:
+            named = ", ".join(repr(name) for name in without[:MOST_NAMED])
+            more = f" and {len(without) - MOST_NAMED} more" if len(without) > MOST_NAMED else ""
+            ignored = "" if len(without) == len(scored) else ", or name them in prune.ignore"
+            raise PlanError(
+                f"criterion {op.criterion!r} has no {need} of {named}{more}: {lacking[without[0]]}; "
+                f"legal: another criterion{ignored}"
+            )
+
+
+def _scored(op: Prune, info: TaskInfo) -> list[str]:
+    """The tensors that the criterion would score.
+
+    Raises:
+        PlanError: it would score none of those that say what some unit is worth.
+    """
+    protected = {name for name, factor in op.factors if factor == 0}
+    pattern = n_of_m(op.structure)
+    names = [layer.name for layer in info.layers if layer.name not in protected]
+    if pattern is not None:
+        sizes = {layer.name: layer.rows_first for layer in info.layers}
+        return [name for name in names if fits(sizes[name], pattern[1])]
+    if op.structure not in info.units:
+        return names
+    roles = criteria.scored_roles(op.criterion, op.structure)
+    among = [layer.name for layer in info.layers] if roles == ("reads",) else names
+    found = info.units[op.structure]
+    scored: set[str] = set()
+    for group, pieces in found.pieces.items():
+        mine = {piece.tensor for piece in pieces if piece.role in roles}.intersection(among)
+        free = any(protected.isdisjoint(makers) for makers in found.groups[group])
+        if free and not mine:
+            raise PlanError(
+                f"criterion {op.criterion!r} scores a unit over the weights that read it, and no prunable weight reads "
+                f"those of {group!r}; legal: another criterion, or name it in prune.ignore"
+            )
+        scored |= mine
+    return [name for name in among if name in scored]
 
 
 def _why(info: TaskInfo, structure: str) -> str:
     refused = info.units[structure].refused
+    if not refused and structure == "head":
+        return ": it has no nn.MultiheadAttention, whose heads are known"
     return f": {refused[0][0]}: {refused[0][1]}" if refused else ""
 
 
@@ -204,10 +244,11 @@ def _ranked(op: Prune, info: TaskInfo) -> tuple[Prune, dict[str, tuple[int, ...]
     if op.unit_sparsity is not None:
         op = replace(op, sparsity=op.unit_sparsity)
     if op.structure == "weight" and (counted or op.sparsity is not None):
-        return op, {layer.name: layer.shape for layer in info.layers}
+        return op, {layer.name: layer.rows_first for layer in info.layers}
     block = block_size(op.structure)
     if block is not None and counted:
-        return by_group(op, {layer.name: {(layer.name,): block_count(layer.shape, *block)} for layer in info.layers})
+        sizes = {layer.name: block_count(layer.rows_first, *block) for layer in info.layers}
+        return by_group(op, {name: {(name,): size} for name, size in sizes.items()})
     if op.structure in info.units and counted:
         return by_group(op, info.units[op.structure].groups)
     return op, {}

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.graph import Segment
-from orchestrator.pools.protocol import Ended, Event, Job
+from orchestrator.pools.protocol import Began, Ended, Event, Job
 from orchestrator.tasks.info import TaskInfo
 
 if TYPE_CHECKING:
     from orchestrator.pools.worker import Worker
 
+_LOG = logging.getLogger("orchardist.pool")
+
 
 class LocalPool:
-    """One worker in this process. Work is done inside `completed`, up to the next report."""
+    """One worker in this process. Work is done inside `completed`, up to the next report.
+
+    Nobody can end what hangs in this very process: a study's `timeout_seconds` ends trainings, between two batches, and
+    nothing else. `clock` gives the worker's monotonic seconds.
+    """
 
     device = "cpu"
     workers = 1
+    gpus = 0.0
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._worker: Worker | None = None
         self._waiting: deque[Segment] = deque()
-        self._running: Iterator[Event] | None = None
+        self._running: Iterator[Event | Began] | None = None
 
     @property
     def free(self) -> int:
@@ -34,8 +44,12 @@ class LocalPool:
         """Load the task here; the store is trivially shared."""
         from orchestrator.pools.worker import Worker, shake_hands
 
+        if job.timeout_seconds:
+            _LOG.warning(
+                "without workers timeout_seconds ends trainings between two batches, and nothing else that hangs"
+            )
         shake_hands(job, "local")
-        self._worker = Worker(job)
+        self._worker = Worker(job, clock=self._clock)
         return self._worker.info
 
     def submit(self, segment: Segment) -> None:
@@ -51,9 +65,14 @@ class LocalPool:
                 return []
             self._running = self._worker.run(self._waiting.popleft())
         event = next(self._running)
+        while isinstance(event, Began):
+            event = next(self._running)
         if isinstance(event, Ended):
             self._running = None
         return [event]
+
+    def publish(self, study: str, counts: Mapping[str, float]) -> None:
+        """Nothing: there is no cluster to be watched."""
 
     def close(self) -> None:
         """Forget the worker with its data and states, and what was left of its segment."""

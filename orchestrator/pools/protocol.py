@@ -45,6 +45,16 @@ class Job:
     """Structures of units that the study names: their units are part of the task's description."""
     budgets: bool = False
     """The study has a FLOPs budget: the model's FLOPs are part of the task's description."""
+    needs: tuple[str, ...] = ()
+    """What the study's criteria need of the model and the data: whether it can be had is part of the description."""
+    checkpoint_minutes: float = 0
+    """How often a training in a worker's hands is made durable in the middle; 0: never."""
+    timeout_seconds: float = 0
+    """How long one stage may take; 0: as long as it likes."""
+
+
+RETRIED = ("preempted", "worker died", "out of GPU memory")
+"""The kinds of failure after which a stage may be tried again; see `retries`."""
 
 
 def note(job: Job, worker: int | str) -> str:
@@ -68,6 +78,10 @@ class Reported:
     """Somebody else had committed the same state first, and theirs counts."""
     found: bool = False
     """The state was in the store already: it was read and measured, not made again."""
+    checkpoint: int = 0
+    """The position of the checkpoint that a training went on from; 0: from where it starts."""
+    worker: str = ""
+    """HOST:PID of the process that ran it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +91,28 @@ class Failed:
     segment: int
     key: str
     kind: str
-    """diverged, out of memory, raised, or worker died; or it is no fault of the stage: gone, where `key` is a state
-    that the segment needed and that was removed meanwhile, or store, which does not answer or has no room."""
+    """diverged, out of memory, raised or timed out; one of `RETRIED`, which may be tried again; or it is no fault of
+    the stage: gone, where `key` is a state that the segment needed and that was removed meanwhile, or store, which
+    does not answer or has no room."""
     message: str
     traceback: str = ""
+    worker: str = ""
+    """HOST:PID of the process that says so; empty where none is left to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """A segment's worker is free again."""
+    """A segment's worker is free again. What was not reported of the segment was not run."""
 
     segment: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Began:
+    """A worker begins a stage: said from worker to pool, and only where stages have a time limit."""
+
+    segment: int
+    key: str
 
 
 Event = Reported | Failed | Ended
@@ -96,7 +121,8 @@ Event = Reported | Failed | Ended
 class Pool(Protocol):
     """Runs segments somewhere, and says what became of each of their stages.
 
-    Events of one segment come in order and end with `Ended`; nothing is said of a segment twice.
+    Events of one segment come in order and end with `Ended`; nothing is said of a segment twice. A pool tries nothing
+    again: of a worker that is gone it says `Failed` for the stage that it was at, and `Ended` for each of its segments.
     """
 
     @property
@@ -110,12 +136,20 @@ class Pool(Protocol):
         ...
 
     @property
+    def gpus(self) -> float:
+        """The share of a GPU that each worker begins with; 0 on a CPU."""
+        ...
+
+    @property
     def free(self) -> int:
         """How many more segments may be submitted now."""
         ...
 
     def prepare(self, job: Job) -> TaskInfo:
         """Make every worker ready for a study, and describe its task.
+
+        A stage that takes longer than the job's `timeout_seconds` is ended, and with it its worker where nothing else
+        helps; a pool in one process can only end a training, between two batches.
 
         Raises:
             TaskError: the task is wrong.
@@ -124,11 +158,15 @@ class Pool(Protocol):
         ...
 
     def submit(self, segment: Segment) -> None:
-        """Queue a segment; never blocks for long."""
+        """Queue a segment; never blocks for long. One that wants a larger share of a GPU than a worker has gets it."""
         ...
 
     def completed(self, timeout_seconds: float) -> Sequence[Event]:
         """What happened since the last call; waits until something has, or for the timeout."""
+        ...
+
+    def publish(self, study: str, counts: Mapping[str, float]) -> None:
+        """Show how a study stands, a number for each of `metrics.METRICS`, to whoever watches the pool's cluster."""
         ...
 
     def close(self) -> None:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import logging
 import math
 import os
+import platform
 import signal
 import socket
 import threading
+import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import errors
 from orchestrator.errors import InputError, OrchardistError, WorkersUnusable
 from orchestrator.graph import Segment
-from orchestrator.pools.protocol import Ended, Event, Failed, Job, Reported, note
+from orchestrator.metrics import METRICS
+from orchestrator.pools.protocol import Began, Ended, Event, Failed, Job, Reported, note
+from orchestrator.pools.share import Share
 from orchestrator.store.store import Store
 from orchestrator.tasks.info import TaskInfo
 
@@ -26,13 +31,28 @@ _LOG = logging.getLogger("orchardist.pool")
 CHEAP_AT_ONCE = 32
 """Segments without training are sent to a worker this many at a time: their own time is about that of a call."""
 
-MOST_TRIES = 2
-"""How often a segment may lose its worker before its stage counts as failed."""
+MOST_STILLBORN = 3
+"""So many workers in a row may die before they are ready."""
 
 CONNECT_SECONDS = 10.0
 
-PATIENCE_SECONDS = 30
-"""Workers that take longer than this to start are worth a word: the cluster may have no room for them."""
+PATIENCE_SECONDS = 30.0
+"""How often it is said that there are no workers."""
+
+LATE_SECONDS = 15.0
+"""Workers that take so much longer to start than the first join when they come."""
+
+LOOK_SECONDS = 2.0
+"""How often nodes are looked at that come, are drained and go."""
+
+IDLE_SECONDS = 60.0
+"""Workers on a cluster that had nothing to do for so long are let go, and their nodes with them."""
+
+COMING_AT_ONCE = 8
+"""Workers beyond the room there is are asked for this many at a time, or as many as there are."""
+
+GRACE_SECONDS = 5.0
+"""A training that takes too long ends by itself within this time; whatever else does is ended with its worker then."""
 
 _HELD = 64
 
@@ -46,27 +66,38 @@ class _Actor:
         torch.set_num_threads(1)
         self.number = number
         self.device = "cuda" if gpus else "cpu"
-        if gpus and torch.cuda.is_available():
+        self.blind = bool(gpus) and not torch.cuda.is_available()
+        if gpus and not self.blind:
             torch.cuda.set_per_process_memory_fraction(min(1.0, gpus))
 
-    def prepare(self, job: Job) -> tuple[str, Any]:
-        """("ready", TaskInfo), or the name of an error and its message."""
+    def prepare(self, job: Job) -> tuple[str, Any, tuple[str, str]]:
+        """("ready", TaskInfo), or the name of an error and its message; and where this is: node and GPU."""
         from orchestrator.pools.worker import Worker, shake_hands
 
         try:
+            if self.blind:
+                raise WorkersUnusable(
+                    f"Ray counts a GPU on {platform.node()}, and torch sees none: install a torch built for it there, "
+                    "or --gpus-per-worker 0"
+                )
             shake_hands(job, self.number)
             self.worker = Worker(job, device=self.device)
-            return "ready", self.worker.info
+            return "ready", self.worker.info, _place()
         except OrchardistError as error:
-            return type(error).__name__, str(error)
+            return type(error).__name__, str(error), _place()
 
-    def run(self, segments: Sequence[Segment]) -> Iterator[list[Event]]:
-        """Run segments one after another. Reports of stages without training are gathered until the last one."""
-        gathered: list[Event] = []
+    def leave(self) -> None:
+        """The node is about to be taken away: what can be stored of the stage under way is stored, and it ends."""
+        self.worker.leave()
+
+    def run(self, segments: Sequence[Segment]) -> Iterator[list[Event | Began]]:
+        """Run segments one after another. Reports of stages without training are gathered until the last one, or until
+        a stage begins that has a time limit."""
+        gathered: list[Event | Began] = []
         for segment in segments:
             for event in self.worker.run(segment):
                 gathered.append(event)
-                if segment.cost:
+                if segment.cost or isinstance(event, Began):
                     yield gathered
                     gathered = []
         if gathered:
@@ -75,27 +106,44 @@ class _Actor:
 
 @dataclass
 class _Slot:
-    """One worker as the driver sees it: what it runs, and which states it lately held."""
+    """One worker as the driver sees it: where it is, what it runs, and which states it lately held."""
 
     number: int
     actor: Any
+    gpus: float
+    coming: Any
+    """What it will answer when it is ready; None once it is."""
+    node: str = ""
+    gpu: str = ""
+    """Its number on the node."""
+    leaving: bool = False
+    """Its node is being drained: it gets no new stages."""
+    idle_since: float = 0.0
     running: deque[Segment] = field(default_factory=deque)
     stream: Any = None
     held: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    began: tuple[str, float] | None = None
+    """The stage that it is at and since when, where stages have a time limit."""
+
+    @property
+    def idle(self) -> bool:
+        return self.coming is None and not self.running and not self.leaving
 
 
 class RayPool:
     """One actor per slot on an embedded Ray, or on the cluster at `address`.
 
+    On a cluster workers come and go with its nodes and with the work: what is queued asks for workers, which pend in
+    Ray until there is room, and so ask its autoscaler for nodes; a worker without work is let go after a minute. Nodes
+    that are drained get no new stages.
+
     Args:
-        workers: how many slots; by default as many as the cluster has room for.
+        workers: how many at most; by default as many as there is room for.
         address: a running cluster to join from one of its nodes; None starts Ray inside this process.
-        gpus_per_worker: the share of a GPU for each worker; by default 1 where there are GPUs. 0 forces the CPU.
+        share: what each worker takes, and on which nodes it may be.
     """
 
-    def __init__(
-        self, workers: int | None = None, *, address: str | None = None, gpus_per_worker: float | None = None
-    ) -> None:
+    def __init__(self, workers: int | None = None, *, address: str | None = None, share: Share | None = None) -> None:
         import ray
 
         if address is not None:
@@ -106,40 +154,80 @@ class RayPool:
                 _start(ray, workers, address)
         self._ray = ray
         gone = ray.exceptions
-        self._deaths = gone.RayActorError, gone.OutOfMemoryError, gone.NodeDiedError, gone.WorkerCrashedError
+        self._deaths = (
+            gone.RayActorError,
+            gone.OutOfMemoryError,
+            gone.NodeDiedError,
+            gone.WorkerCrashedError,
+            gone.ObjectLostError,
+        )
         self._slots: list[_Slot] = []
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        gpus = resources.get("GPU", 0.0)
-        self._gpus = float((1 if gpus else 0) if gpus_per_worker is None else gpus_per_worker)
-        self.device = "cuda" if self._gpus else "cpu"
-        room = int(min(resources.get("CPU", 0), gpus / self._gpus if self._gpus else math.inf))
-        self.workers = workers or room
-        try:
-            _refuse_no_room(self.workers, room, self._gpus, resources)
-        except InputError:
-            self.close()
-            raise
+        self._numbers = count()
+        self._elastic = address is not None
+        self._share = share or Share()
+        self._hint = ""
+        if self._share.gpus is None:
+            resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            self._share = replace(self._share, gpus=1.0 if resources.get("GPU") else 0.0)
+            self._hint = "" if self._share.gpus else "; where GPUs are to come, --gpus-per-worker asks for them"
+        self.device = "cuda" if self._share.gpus else "cpu"
+        self._most = workers
+        self._there: frozenset[str] = frozenset()
+        self._node_lost_at = -math.inf
+        self._draining: frozenset[str] = frozenset()
+        self._look()
+        self._silent_until, self._said_so = time.monotonic() + PATIENCE_SECONDS, False
+        if not self._elastic:
+            self._most = workers or self._room
+            try:
+                _refuse_no_room(self._most, self._room, self._share, ray.cluster_resources())  # type: ignore[no-untyped-call]
+            except InputError:
+                self.close()
+                raise
         self._job: Job | None = None
-        self._slots = [_Slot(number, self._actor(number)) for number in range(self.workers)]
+        self._sent: Any = None
+        self._info: TaskInfo | None = None
+        self._stillborn = 0
         self._queue: deque[Segment] = deque()
-        self._tries: dict[int, int] = {}
         self._said: deque[Event] = deque()
+        self._gauges: dict[str, Any] = {}
+
+    @property
+    def gpus(self) -> float:
+        """The share of a GPU that each worker begins with; 0 on a CPU."""
+        return self._share.gpus or 0.0
+
+    @property
+    def workers(self) -> int:
+        """The most that are wanted; without a bound, as many as the nodes there are have room for."""
+        return self._most or max(1, self._room)
 
     @property
     def free(self) -> int:
-        """Idle workers take one segment with training each, and many without."""
-        idle = sum(1 for slot in self._slots if not slot.running)
-        if sum(1 for segment in self._queue if segment.cost) >= idle:
+        """Workers that are idle, or that could still be asked for, take one segment with training each, and many
+        without."""
+        able = sum(slot.idle for slot in self._slots) + max(0, self._bound() - self._ready())
+        if sum(1 for segment in self._queue if segment.cost) >= able:
             return 0
-        return max(0, CHEAP_AT_ONCE * idle - len(self._queue))
+        return max(0, CHEAP_AT_ONCE * able - len(self._queue))
 
     def prepare(self, job: Job) -> TaskInfo:
-        """Make every worker ready; the first that is wrong ends the run."""
-        self._job = job
-        infos = self._made_ready(self._slots)
-        if any(info.digests != infos[0].digests for info in infos):
-            raise WorkersUnusable("the workers see different data for the same task; data_version can name them")
-        return infos[0]
+        """Make workers ready, all that there is room for; wait for the first as long as it takes. The first that is
+        wrong ends the run."""
+        self._job, self._info = job, None
+        self._sent = self._ray.put(job)  # once for all workers: it may hold a checkpoint
+        for slot in self._slots:
+            slot.coming = slot.actor.prepare.remote(self._sent)
+        while len(self._slots) < max(1, min(self._most or self._room, self._room)):
+            self._hire(self.gpus)
+        first_at = math.inf
+        while any(slot.coming is not None for slot in self._slots) and time.monotonic() < first_at + LATE_SECONDS:
+            self._await(1.0)
+            self._staff(at_least=1)
+            if self._info is not None:
+                first_at = min(first_at, time.monotonic())
+        assert self._info is not None
+        return self._info
 
     def submit(self, segment: Segment) -> None:
         """Queue a segment; the next call of `completed` hands it to an idle worker, with others if they are cheap."""
@@ -148,62 +236,191 @@ class RayPool:
     def completed(self, timeout_seconds: float) -> Sequence[Event]:
         """Wait for news of any worker, then take all that there is."""
         self._dispatch()
-        busy = {slot.stream: slot for slot in self._slots if slot.stream is not None}
-        if busy and not self._said:
-            ready, _ = self._ray.wait(list(busy), num_returns=1, timeout=timeout_seconds, fetch_local=False)
-            more, _ = self._ray.wait(list(busy), num_returns=len(busy), timeout=0, fetch_local=False)
-            for stream in dict.fromkeys([*ready, *more]):
-                self._take(busy[stream])
+        self._staff()
+        self._await(0 if self._said else timeout_seconds)
+        self._end_overdue()
         self._dispatch()
         events = list(self._said)
         self._said.clear()
         return events
 
+    def publish(self, study: str, counts: Mapping[str, float]) -> None:
+        """Set one gauge for each count, `ray_orchardist_NAME` with the study's name as a tag, where Ray's dashboard and
+        Prometheus find its own."""
+        from ray.util.metrics import Gauge
+
+        for name, value in counts.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"orchardist_{name}", description=METRICS[name], tag_keys=("study",))
+            self._gauges[name].set(value, tags={"study": study})
+
     def close(self) -> None:
-        """End this pool's actors, and Ray if this pool started it."""
-        for slot in self._slots:
-            self._ray.kill(slot.actor)
-        self._slots = []
+        """End this pool's actors, those that were only asked for too, and Ray if this pool started it."""
+        for slot in list(self._slots):
+            self._drop(slot)
         if self._started:
             _hasten(self._ray)
             self._ray.shutdown()
 
-    def _made_ready(self, slots: Sequence[_Slot]) -> list[TaskInfo]:
-        """Hand the job to workers; what they answer, and whether their notes came through, decides if they may work."""
-        assert self._job is not None
-        infos = []
-        job = self._ray.put(self._job)  # once for all workers: it may hold a checkpoint
-        coming = [slot.actor.prepare.remote(job) for slot in slots]
-        try:
-            while len(self._ray.wait(coming, num_returns=len(coming), timeout=PATIENCE_SECONDS)[0]) < len(coming):
-                free: dict[str, float] = self._ray.available_resources()  # type: ignore[no-untyped-call]
-                room = ", ".join(f"{free.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
-                _LOG.warning("waiting for %d workers to start; free in the cluster: %s", len(coming), room)
-            answers = self._ray.get(coming)
-        except self._deaths as error:
-            said = str(error).strip().partition("\n")[0]
-            raise WorkersUnusable(f"a worker died before it was ready: {said}") from error
-        for slot, (what, answer) in zip(slots, answers, strict=True):
-            if what != "ready":
-                raise _error(what, answer)
-            if self._job.nonce and not Store(self._job.store_url).files.exists(note(self._job, slot.number)):
-                raise WorkersUnusable(
-                    f"what worker {slot.number} writes to {Store(self._job.store_url).name} does not arrive here: "
-                    "the store must be shared storage"
-                )
-            infos.append(answer)
-        return infos
+    def _await(self, timeout_seconds: float) -> None:
+        """Wait for news of any worker, then take in all that there is."""
+        news = [(slot.stream if slot.coming is None else slot.coming, slot) for slot in self._slots]
+        awaited = {about: slot for about, slot in news if about is not None}
+        if not awaited:
+            return
+        ready, _ = self._ray.wait(list(awaited), num_returns=1, timeout=timeout_seconds, fetch_local=False)
+        more, _ = self._ray.wait(list(awaited), num_returns=len(awaited), timeout=0, fetch_local=False)
+        for about in dict.fromkeys([*ready, *more]):
+            slot = awaited[about]
+            if slot.coming is None:
+                self._take(slot)
+            else:
+                self._welcome(slot)
 
-    def _actor(self, number: int) -> Any:
-        options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
-        if self._gpus:
-            options["num_gpus"] = self._gpus
-        return self._ray.remote(**options)(_Actor).remote(number, self._gpus)
+    def _ready(self) -> int:
+        return self._count(slot for slot in self._slots if slot.coming is None and not slot.leaving)
+
+    def _count(self, slots: Iterable[_Slot]) -> int:
+        """How many workers of the usual share the slots stand for."""
+        return sum(max(1, math.ceil(slot.gpus / self.gpus)) if self.gpus else 1 for slot in slots)
+
+    def _bound(self) -> int:
+        """How many workers there may be: without a number from the user a little more than there is room for, since
+        that is how an autoscaler learns that more is wanted."""
+        return self._most or self._room + max(COMING_AT_ONCE, self._ready())
+
+    def _look(self) -> None:
+        """Look at the nodes: which are there and are not drained, and how many workers they have room for."""
+        self._looked_at = time.monotonic()
+        listed: list[dict[str, Any]] = self._ray.nodes()  # type: ignore[no-untyped-call]
+        nodes = {node["NodeID"]: node for node in listed if node["Alive"]}
+        draining = frozenset(self._ray._private.state.state.get_draining_nodes()) & nodes.keys()
+        for name in draining - self._draining:
+            host = nodes[name]["NodeManagerHostname"]
+            _LOG.warning("the node %s is being drained: it gets no new stages", host)
+        if self._there - nodes.keys():
+            self._node_lost_at = self._looked_at
+        self._draining, self._there = draining, frozenset(nodes)
+        self._room = sum(
+            self._share.room(node["Resources"], node["Labels"]) for name, node in nodes.items() if name not in draining
+        )
+
+    def _staff(self, at_least: int = 0) -> None:
+        """As many workers as there is work for, within bounds, and none on a node that is being drained."""
+        now = time.monotonic()
+        if self._elastic and now >= self._looked_at + LOOK_SECONDS:
+            self._look()
+        for slot in list(self._slots):
+            if slot.node in self._draining and not slot.leaving:
+                slot.leaving = True
+                slot.actor.leave.remote()
+            if slot.leaving and not slot.running:
+                self._drop(slot)
+        self._make_room()
+        staying = [slot for slot in self._slots if not slot.leaving]
+        wanted = min(self._bound(), max(at_least, self._work())) if self._elastic else self.workers
+        for _ in range(wanted - self._count(staying)):
+            self._hire(self.gpus)
+        if self._elastic:
+            for slot in reversed(staying[max(wanted, self._room) :]):
+                if slot.coming is not None:  # asked for when there was more to do
+                    self._drop(slot)
+            for slot in staying:
+                if slot.idle and now > slot.idle_since + IDLE_SECONDS:
+                    self._drop(slot)
+        self._say_if_waiting(now)
+
+    def _work(self) -> int:
+        """How many workers the work at hand would keep busy."""
+        busy = sum(bool(slot.running) for slot in self._slots if not slot.leaving)
+        costly = sum(1 for segment in self._queue if segment.cost)
+        return busy + costly + math.ceil((len(self._queue) - costly) / CHEAP_AT_ONCE)
+
+    def _say_if_waiting(self, now: float) -> None:
+        """Nothing goes on without workers: say what is waited for, at once where there is no room."""
+        coming = sum(slot.coming is not None for slot in self._slots)
+        if self._ready() or not coming:
+            self._silent_until, self._said_so = now + PATIENCE_SECONDS, False
+        elif now >= self._silent_until or not (self._room or self._said_so):
+            self._silent_until, self._said_so = now + PATIENCE_SECONDS, True
+            free: dict[str, float] = self._ray.available_resources()  # type: ignore[no-untyped-call]
+            _LOG.warning(
+                "waiting for workers: asked %s for %d x %s; free in the cluster: %s%s",
+                "the autoscaler" if self._elastic else "Ray",
+                coming,
+                self._share.says(),
+                ", ".join(f"{free.get(name, 0):g} {name}" for name in ("CPU", "GPU", *self._share.resources)),
+                self._hint if self._elastic else "",
+            )
+
+    def _hire(self, gpus: float) -> None:
+        """Ask for one more worker; where there is no room it pends, which is what an autoscaler goes by."""
+        number = next(self._numbers)
+        actor = self._actor(number, gpus)
+        self._slots.append(_Slot(number, actor, gpus, actor.prepare.remote(self._sent)))
+
+    def _make_room(self) -> None:
+        """A stage that wants more of a GPU than any worker has gets a larger one, in the room of idle ones beside each
+        other; until they are idle nothing else is handed out."""
+        wanted = self._queue[0].gpus if self._queue else 0.0
+        if not wanted or any(slot.gpus >= wanted and (slot.idle or slot.coming is not None) for slot in self._slots):
+            return
+        in_its_room = give_way(self._slots, wanted)
+        if in_its_room:
+            _LOG.warning("a worker gets %g of a GPU: the memory of %g was not enough", wanted, self.gpus)
+            for slot in in_its_room:
+                self._drop(slot)
+            self._hire(wanted)
+
+    def _actor(self, number: int, gpus: float) -> Any:
+        # A notice reaches a worker in the middle of a stage on a thread of its own.
+        options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0, "max_concurrency": 2}
+        if gpus:
+            options["num_gpus"] = gpus
+        if self._share.resources:
+            options["resources"] = dict(self._share.resources)
+        if self._share.labels:
+            options["label_selector"] = dict(self._share.labels)
+        return self._ray.remote(**options)(_Actor).remote(number, gpus)
+
+    def _drop(self, slot: _Slot) -> None:
+        self._slots.remove(slot)
+        self._ray.kill(slot.actor)
+
+    def _welcome(self, slot: _Slot) -> None:
+        """What a new worker answers, and whether its note came through, decides if it may work."""
+        assert self._job is not None
+        try:
+            what, answer, place = self._ray.get(slot.coming)
+        except self._deaths as error:
+            self._drop(slot)
+            if self._elastic:
+                self._look()
+            unavailable = isinstance(error, self._ray.exceptions.ActorUnavailableError)
+            if unavailable or time.monotonic() < self._node_lost_at + PATIENCE_SECONDS:
+                return  # with a node go all that were to start there
+            self._stillborn += 1
+            if self._stillborn == MOST_STILLBORN or getattr(error, "actor_init_failed", False):
+                raise WorkersUnusable(f"a worker died before it was ready: {_last_words(error)}") from error
+            return
+        if what != "ready":
+            raise _error(what, answer)
+        if self._job.nonce and not Store(self._job.store_url).files.exists(note(self._job, slot.number)):
+            raise WorkersUnusable(
+                f"what worker {slot.number} writes to {Store(self._job.store_url).name} does not arrive here: "
+                "the store must be shared storage"
+            )
+        self._info = self._info or answer
+        if answer.digests != self._info.digests:
+            raise WorkersUnusable("the workers see different data for the same task; data_version can name them")
+        self._stillborn = 0
+        slot.coming, slot.idle_since = None, time.monotonic()
+        slot.node, slot.gpu = place
 
     def _dispatch(self) -> None:
         """Hand queued segments to idle workers, each where its first states are held, if that is idle."""
         while self._queue:
-            idle = [slot for slot in self._slots if not slot.running]
+            idle = [slot for slot in self._slots if slot.idle and slot.gpus >= self._queue[0].gpus]
             if not idle:
                 return
             first = self._queue.popleft()
@@ -211,6 +428,8 @@ class RayPool:
             batch = [first]
             share = len(self._queue) // len(idle) + 1
             while not batch[-1].cost and self._queue and len(batch) < min(CHEAP_AT_ONCE, share):
+                if self._queue[0].gpus > slot.gpus:
+                    break
                 batch.append(self._queue.popleft())
             slot.running.extend(batch)
             slot.stream = slot.actor.run.options(num_returns="streaming").remote(batch)
@@ -220,13 +439,16 @@ class RayPool:
         try:
             events = self._ray.get(next(slot.stream))
         except StopIteration:
-            slot.stream = None
+            slot.stream, slot.idle_since = None, time.monotonic()
             assert not slot.running, "a worker fell silent in the middle of a segment"
             return
         except self._deaths as error:
             self._lost(slot, error)
             return
         for event in events:
+            slot.began = (event.key, time.monotonic()) if isinstance(event, Began) else None
+            if isinstance(event, Began):
+                continue
             if isinstance(event, Ended):
                 slot.running.popleft()
             elif isinstance(event, Reported):
@@ -236,27 +458,67 @@ class RayPool:
                     slot.held.popitem(last=False)
             self._said.append(event)
 
+    def _end_overdue(self) -> None:
+        """End the workers that hang: those that should have ended their stage by themselves some time ago."""
+        longest = self._job.timeout_seconds if self._job is not None else 0.0
+        if not longest:
+            return
+        for slot in list(self._slots):
+            if slot.began is None or time.monotonic() < slot.began[1] + longest + GRACE_SECONDS:
+                continue
+            if self._ray.wait([slot.stream], num_returns=1, timeout=0, fetch_local=False)[0]:
+                continue  # it has spoken: this process was late to listen
+            self._drop(slot)
+            message = f"the stage takes longer than timeout_seconds = {longest:g}, and its worker had to be ended"
+            key, _ = slot.began
+            self._said.append(Failed(segment=slot.running[0].number, key=key, kind="timed out", message=message))
+            self._said.extend(Ended(segment=segment.number) for segment in slot.running)
+
     def _lost(self, slot: _Slot, error: Exception) -> None:
-        """A worker died: a new one takes its place, and what it had not reported is tried again, or fails."""
-        _LOG.warning("worker %d died: %s", slot.number, str(error).partition("\n")[0])
-        slot.actor = self._actor(slot.number)
-        self._made_ready([slot])
-        again = list(slot.running)
-        slot.running.clear()
-        slot.held.clear()
-        slot.stream = None
-        if again:
-            guilty = again[0]
-            self._tries[guilty.number] = self._tries.get(guilty.number, 0) + 1
-            if self._tries[guilty.number] >= MOST_TRIES:
-                again.pop(0)
-                message = (
-                    f"the worker died {MOST_TRIES} times over this segment (out of memory, or a crash in native code)"
-                )
-                key = next(step.key for step in guilty.steps if step.stored or step.evaluated)
-                self._said.append(Failed(segment=guilty.number, key=key, kind="worker died", message=message))
-                self._said.append(Ended(segment=guilty.number))
-        self._queue.extendleft(reversed(again))
+        """A worker died: the stage that it was at has failed, and what it had not begun was not run."""
+        self._drop(slot)  # one that is merely out of reach must not go on beside its successor
+        blameless = self._is_blameless(slot, error)
+        said = "its node was taken away" if blameless else _last_words(error)
+        _LOG.warning("worker %d died: %s", slot.number, said)
+        if slot.running:
+            guilty = slot.running[0]
+            key = next(step.key for step in guilty.steps if step.stored or step.evaluated)
+            kind = "preempted" if blameless else "worker died"
+            self._said.append(Failed(segment=guilty.number, key=key, kind=kind, message=said))
+        self._said.extend(Ended(segment=segment.number) for segment in slot.running)
+
+    def _is_blameless(self, slot: _Slot, error: Exception) -> bool:
+        """Whether a worker died since its node was taken away, which is nobody's fault."""
+        return slot.leaving or slot.node in self._draining or bool(getattr(error, "preempted", False))
+
+
+def _last_words(error: Exception) -> str:
+    """The line of Ray's account that says why a worker died, without its advice."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    said = next((line for line in reversed(lines) if line.startswith("The actor")), lines[0] if lines else "")
+    return said.partition(" Some common causes")[0]
+
+
+def give_way(slots: Iterable[_Slot], wanted: float) -> list[_Slot]:
+    """Idle workers of one GPU in whose room one with the share `wanted` fits; none as long as there are too few."""
+    beside: dict[tuple[str, str], list[_Slot]] = {}
+    for slot in slots:
+        beside.setdefault((slot.node, slot.gpu), []).append(slot)
+    for neighbours in beside.values():
+        idle = [slot for slot in neighbours if slot.idle]
+        if sum(slot.gpus for slot in idle) >= wanted:
+            enough = next(n for n in range(1, len(idle) + 1) if sum(slot.gpus for slot in idle[:n]) >= wanted)
+            return idle[:enough]
+        if len(idle) == len(neighbours):
+            return idle  # what is left over of the GPU is free then
+    return []
+
+
+def _place() -> tuple[str, str]:
+    """The id of the node that this worker is on, and the number of its GPU there."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id()), ",".join(map(str, ray.get_gpu_ids()))
 
 
 def _hasten(ray: Any) -> None:
@@ -297,16 +559,13 @@ def _start(ray: Any, workers: int | None, address: str | None) -> None:
     ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
 
 
-def _refuse_no_room(workers: int, room: int, gpus_per_worker: float, resources: Mapping[str, float]) -> None:
-    """Ray lets actors without room wait for ever, in case that nodes join."""
-    if gpus_per_worker > 1 and not gpus_per_worker.is_integer():
-        raise InputError(f"--gpus-per-worker {gpus_per_worker:g}: legal: a fraction of one GPU, or a whole number")
+def _refuse_no_room(workers: int, room: int, share: Share, resources: Mapping[str, float]) -> None:
+    """On one machine no room comes up later: Ray would let workers wait for ever."""
     if not 0 < workers <= room:
         there = f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"
-        wanted = (
-            f"{max(1, workers)} workers with {gpus_per_worker:g} GPUs each" if gpus_per_worker else f"{workers} workers"
-        )
-        raise InputError(f"no room for {wanted}: there are {there}; legal: up to {room} workers")
+        each = f" with {share.says()} each" if share.gpus or share.resources or share.labels else ""
+        legal = f"up to {room} workers" if room else "--address of a cluster that has them"
+        raise InputError(f"no room for {max(1, workers)} workers{each}: there are {there}; legal: {legal}")
 
 
 def refuse_silence(address: str) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import os
 import platform
+import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,20 +21,23 @@ import torch
 
 from orchestrator import ops
 from orchestrator.code import code_digest
-from orchestrator.errors import NotFinite, StageFailed, StoreError, WorkersUnusable
+from orchestrator.errors import NotFinite, StageFailed, StoreError, TimedOut, WorkersUnusable
 from orchestrator.graph import Segment, Step
 from orchestrator.header import read_header
 from orchestrator.measures.measure import curve_point, measure
-from orchestrator.pools.protocol import Ended, Event, Failed, Job, Reported, note
+from orchestrator.pools.protocol import Began, Ended, Event, Failed, Job, Reported, note
 from orchestrator.pruning.criteria import CRITERIA
 from orchestrator.stages import Stages
 from orchestrator.state import State, from_bytes, to_bytes
+from orchestrator.store.checkpoints import Place
 from orchestrator.store.store import Store
 from orchestrator.tasks.info import GivenTicket, TaskInfo
 from orchestrator.tasks.load import load
 from orchestrator.tasks.source import install_function
-from orchestrator.tickets.given import read_given
-from orchestrator.training.loop import Probe, arithmetic
+from orchestrator.tickets.given import read_given, start_of
+from orchestrator.training.loop import Probe, Watch, arithmetic
+
+_LOG = logging.getLogger("orchardist.worker")
 
 CACHE_BYTES = 1 << 30
 """Memory for recent states, so that a child of a state that was just made needs not read it back."""
@@ -42,6 +49,22 @@ class _Held:
 
     state: State
     lineage: tuple[Mapping[str, Any], ...]
+    curve: Sequence[list[float]] = ()
+    """Of the training that ended in it, from where that began; empty where it was not taken throughout."""
+
+
+@dataclass
+class _Trained:
+    """What is known of the training that a stage does."""
+
+    curve: list[list[float]]
+    steps: int
+    checkpoint: int = 0
+    """The position of the checkpoint that it went on from."""
+
+
+class _Left(Exception):
+    """The worker was asked to leave in the middle of a training."""
 
 
 class _Gone(Exception):
@@ -53,20 +76,30 @@ class _Gone(Exception):
 
 
 class Worker:
-    """Runs segments of one study, one after another, on one device."""
+    """Runs segments of one study, one after another, on one device. `clock` gives monotonic seconds."""
 
-    def __init__(self, job: Job, *, device: str = "cpu", cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        job: Job,
+        *,
+        device: str = "cpu",
+        cache_bytes: int = CACHE_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.job = job
         self.device = device
+        self._clock = clock
+        self._leaving = threading.Event()
+        self._checkpointed: set[str] = set()  # keys of the segment at hand
         self.store = Store(job.store_url)
         for name, function in job.functions.items():
             CRITERIA.bind(name, install_function(function, Path(job.root)))
         root = Path(job.root)
-        given: State | None = None
+        self._stages = {"": Stages(load(job.task, job.task_params, root), device)}
         self._ticket: GivenTicket | None = None
         if job.ticket is not None:
-            given, self._ticket = read_given(job.ticket, root)
-        self._stages = {"": Stages(load(job.task, job.task_params, root), device, given)}
+            ticket, self._ticket = read_given(job.ticket, root)
+            self._stages[""].given = start_of(ticket, self._stages[""], job.ticket.name)
         for name, other in job.others.items():
             self._stages[name] = Stages(load(other.source, other.params, root), device)
         self._cache: OrderedDict[str, _Held] = OrderedDict()
@@ -76,29 +109,46 @@ class Worker:
     @cached_property
     def info(self) -> TaskInfo:
         """The task as the driver sees it, with what it must know of the model, other tasks and ticket of this study."""
-        own = self._stages[""].info(self.job.structures, budgets=self.job.budgets)
-        others = {name: self._stages[name].info(budgets=self.job.budgets) for name in self.job.others}
+        budgets, needs = self.job.budgets, self.job.needs
+        own = self._stages[""].info(self.job.structures, budgets=budgets, needs=needs)
+        others = {name: self._stages[name].info(budgets=budgets, needs=needs) for name in self.job.others}
         return replace(own, others=others, ticket=self._ticket)
 
-    def run(self, segment: Segment) -> Iterator[Event]:
+    def leave(self) -> None:
+        """Ask for an end, from any thread: the training under way is made durable after the batch that it is at."""
+        self._leaving.set()
+
+    def run(self, segment: Segment) -> Iterator[Event | Began]:
         """Run the segment's stages in order; the events end with `Ended`, whatever happens."""
         made: dict[str, _Held] = {}
+        self._checkpointed.clear()
         began, steps = time.perf_counter(), 0
         for step in segment.steps:
             adopted = found = False
+            checkpoint = 0
+            if self.job.timeout_seconds:
+                yield Began(segment=segment.number, key=step.key)
             try:
+                if self._leaving.is_set():
+                    raise _Left
                 with arithmetic(torch.device(self.device)):
                     there = self._stored(step)
                     if there is not None:
                         made[step.key], curve, found = there, None, True
                     else:
-                        made[step.key], curve = self._run(step, made)
-                        steps += step.steps
+                        made[step.key], trained = self._run(step, made)
+                        curve, checkpoint = trained.curve, trained.checkpoint
+                        steps += trained.steps
                         if not (step.evaluated or step.stored):
                             continue
                     measures = self._measure(step, made[step.key], curve, time.perf_counter() - began)
                     if step.stored and not found:
                         adopted = self._commit(step, made, measures)
+                        self._forget_checkpoints()
+            except _Left:
+                message = "its worker was asked to leave"
+                yield Failed(segment=segment.number, key=step.key, kind="preempted", message=message)
+                break
             except _Gone as gone:  # removed by another process: the driver has it made again
                 yield Failed(segment=segment.number, key=gone.key, kind="gone", message=f"the state {gone.key} is gone")
                 break
@@ -115,8 +165,12 @@ class Worker:
                 seconds=time.perf_counter() - began,
                 adopted=adopted,
                 found=found,
+                checkpoint=checkpoint,
+                worker=_name(),
             )
             began, steps = time.perf_counter(), 0
+        else:
+            self._forget_checkpoints()
         yield Ended(segment=segment.number)
 
     def _stored(self, step: Step) -> _Held | None:
@@ -125,24 +179,93 @@ class Worker:
         if header is None or (step.resumable and header.get("resumable") != "1"):
             return None
         data = self.store.states.read(step.key)
-        return None if data is None else _Held(from_bytes(data), tuple(json.loads(read_header(data)["lineage"])))
+        return None if data is None else _held(data)
 
-    def _run(self, step: Step, made: Mapping[str, _Held]) -> tuple[_Held, list[list[float]]]:
+    def _run(self, step: Step, made: Mapping[str, _Held]) -> tuple[_Held, _Trained]:
         parents = [made[key] if key in made else self._fetch(key) for key in step.inputs]
         states = [parent.state for parent in parents]
         if isinstance(step.op, ops.Train) and step.op.fresh_optimizer and not step.goes_on:
             states[0] = states[0].without_optimizer()
         stages = self._stages[step.task]
-        curve: list[list[float]] = []
+        trained = _Trained([*parents[0].curve] if step.goes_on else [], step.steps)
+        if step.begun:
+            states[0], trained = self._where_it_was(step, states[0], trained)
+        curve = trained.curve
         every = round(self.job.evaluate_every * self._steps_per_epoch(step))
+        if isinstance(step.op, ops.Train):
+            since = 0 if step.goes_on else step.op.to - step.steps
+            if not _whole(curve, every, since, states[0].position):
+                curve.clear()
+                every = 0
         probe: Probe | None = None
         if every:
 
             def probe(position: int, model: torch.nn.Module) -> None:
                 curve.append([position, *curve_point(model, stages.loaded)])
 
-        state = stages.run(step.op, states, probe, every)
-        return _Held(state, _lineage(step, parents, state.remarks)), curve
+        state = stages.run(step.op, states, probe, every, self._watch(step, trained))
+        return _Held(state, _lineage(step, parents, state.remarks), curve), trained
+
+    def _watch(self, step: Step, trained: _Trained) -> Watch | None:
+        """Looks at the clock after every batch: whether it is time for a checkpoint, or all the time there is."""
+        every, longest = 60 * self.job.checkpoint_minutes, self.job.timeout_seconds
+        if not isinstance(step.op, ops.Train):
+            return None
+        began = self._clock()
+        due = began + (every or math.inf)
+        last = Place(key=step.key, position=trained.checkpoint)
+
+        def watch(position: int, reached: Callable[[int], State]) -> None:
+            nonlocal due, last
+            now = self._clock()
+            leaving = self._leaving.is_set()
+            if now >= due or leaving:
+                place = Place(key=step.key, position=position)
+                last = self._checkpoint(place, last, step, reached(position), trained.curve)
+                due = self._clock() + (every or math.inf)
+            if leaving:
+                raise _Left
+            if longest and now - began > longest:
+                raise TimedOut(f"the stage takes longer than timeout_seconds = {longest:g}")
+
+        return watch
+
+    def _checkpoint(self, place: Place, last: Place, step: Step, state: State, curve: list[list[float]]) -> Place:
+        """Make a training durable as it is now, and remove the checkpoint before. Returns where the last one is: one
+        that cannot be written is worth a word, and no more."""
+        header = {
+            "key": place.key,
+            "study": self.job.study,
+            "task": self._info_of(step).digest,
+            "curve": json.dumps(curve),
+        }
+        self._checkpointed.add(place.key)
+        try:
+            self.store.checkpoints.write(place, to_bytes(state, header))
+            if last.position:
+                self.store.checkpoints.delete(last)
+        except StoreError as error:
+            _LOG.warning("no checkpoint at step %d: %s", place.position, error)
+            return last
+        return place
+
+    def _where_it_was(self, step: Step, start: State, trained: _Trained) -> tuple[State, _Trained]:
+        """The last checkpoint of a training that somebody else has begun, or where it starts if there is none."""
+        self._checkpointed.add(step.key)
+        data = self.store.checkpoints.latest(step.key)
+        if data is None:
+            return start, trained
+        state, curve = from_bytes(data), json.loads(read_header(data)["curve"])
+        return state, _Trained(curve, step.steps - (state.position - start.position), state.position)
+
+    def _forget_checkpoints(self) -> None:
+        """What is stored, or of no more use, needs none."""
+        while self._checkpointed:
+            key = self._checkpointed.pop()
+            try:
+                self.store.checkpoints.delete_all(key)
+            except StoreError as error:  # they are swept with the study
+                _LOG.warning("the checkpoints of %s stay: %s", key[:12], error)
 
     def _steps_per_epoch(self, step: Step) -> int:
         info = self._info_of(step)
@@ -180,6 +303,7 @@ class Worker:
             "resumable": "1" if step.resumable else "0",
             "outcome": json.dumps(measures),
             "lineage": json.dumps(held.lineage),
+            "curve": json.dumps(list(held.curve)),
             "task": self._info_of(step).digest,
         }
         data = to_bytes(kept, header)
@@ -206,7 +330,7 @@ class Worker:
         data = self.store.states.read(key)
         if data is None:
             raise _Gone(key)
-        return _Held(from_bytes(data), tuple(json.loads(read_header(data)["lineage"])))
+        return _held(data)
 
     def _remember(self, key: str, held: _Held) -> None:
         if key in self._cache:
@@ -241,6 +365,23 @@ def shake_hands(job: Job, worker: int | str) -> None:
         files.write(note(job, worker), nonce)
 
 
+def _held(data: bytes) -> _Held:
+    header = read_header(data)
+    return _Held(from_bytes(data), tuple(json.loads(header["lineage"])), json.loads(header.get("curve", "[]")))
+
+
+def _whole(curve: Sequence[list[float]], every: int, since: int, position: int) -> bool:
+    """Whether a learning curve has every point up to `position` of a training that began at `since`.
+
+    A cut or a checkpoint of a study that took none, or took it at other steps, has not.
+    """
+    if not every:
+        return not curve
+    last = position // every * every
+    places = [point[0] for point in curve]
+    return places == list(range(last - every * (len(places) - 1), last + 1, every)) if places else last <= since
+
+
 def _remarks(lineage: tuple[Mapping[str, Any], ...]) -> Mapping[str, Any] | None:
     """What the last pruning behind a state had to say; None where there was none."""
     return next((entry.get("remarks", {}) for entry in reversed(lineage) if entry["op"] == "Prune"), None)
@@ -258,12 +399,20 @@ def _lineage(step: Step, parents: list[_Held], remarks: Mapping[str, Any]) -> tu
     return (*before, {"key": step.key, **ops.to_plain(step.op), "from": ancestors, **where, **said})
 
 
+_NO_GPU_MEMORY = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""How CUDA's libraries say so in errors of other kinds."""
+
+
 def _failed(segment: Segment, step: Step, error: BaseException) -> Failed:
     if isinstance(error, NotFinite):
         kind = "diverged"
+    elif isinstance(error, TimedOut):
+        kind = "timed out"
+    elif isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in _NO_GPU_MEMORY):
+        kind = "out of GPU memory"
     elif isinstance(error, StoreError):
         kind = "store"
-    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(error):
+    elif isinstance(error, MemoryError) or "not enough memory" in str(error):
         kind = "out of memory"
     else:
         kind = "raised"
@@ -274,7 +423,12 @@ def _failed(segment: Segment, step: Step, error: BaseException) -> Failed:
         kind=kind,
         message=message,
         traceback=traceback.format_exc(),
+        worker=_name(),
     )
+
+
+def _name() -> str:
+    return f"{platform.node()}:{os.getpid()}"
 
 
 def _cpu() -> str:

@@ -17,6 +17,8 @@ from orchestrator.pruning.coupling import Found
 from orchestrator.pruning.refits import REFITS, refit
 from orchestrator.pruning.structure import Slice, Units
 
+HEADS = ("num_heads", "n_heads", "n_head", "nhead", "num_attention_heads", "heads")
+"""What attentions written by hand call the number of their heads."""
 PROJECTIONS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -43,7 +45,7 @@ def find_heads(model: nn.Module, prunable: Collection[str]) -> Found:
             units.append(Units(name=label, count=module.num_heads, slices=_slices(module, names)))
         else:
             refused[label] = why
-    return Found(units=tuple(units), refused=refused)
+    return Found(units=tuple(units), refused={**refused, **_by_hand(model, names)})
 
 
 class NarrowAttention(nn.Module):
@@ -182,6 +184,19 @@ def attention(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Projections (3 · heads · head_dim, width), or one of (heads · head_dim, width) each, and their bias."""
     assert isinstance(module, nn.MultiheadAttention)
     return NarrowAttention(module, tensors)
+
+
+def _by_hand(model: nn.Module, names: Mapping[int, str]) -> dict[str, str]:
+    """What looks like an attention of the user's own, by its first projection's weight."""
+    found = {}
+    for path, module in model.named_modules():
+        heads = next((getattr(module, name) for name in HEADS if hasattr(module, name)), None)
+        layers = [child for child in module.children() if isinstance(child, nn.Linear)]
+        torchs = isinstance(module, (nn.MultiheadAttention, NarrowAttention))
+        if isinstance(heads, int) and heads > 1 and layers and not torchs:
+            label = names.get(id(layers[0].weight), path)
+            found[label] = f"the {type(module).__name__} {path!r} is no nn.MultiheadAttention, whose heads are known"
+    return found
 
 
 def _why_not(model: nn.Module, module: nn.MultiheadAttention) -> str | None:

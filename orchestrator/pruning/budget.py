@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 from torch import Tensor
 
 from orchestrator.errors import StageFailed
+from orchestrator.measures import flops
+from orchestrator.measures.flops import Flops
 from orchestrator.ops import Prune
 from orchestrator.pruning.allocation import exact, rounded_half_up
 from orchestrator.pruning.masks import count
@@ -21,12 +24,12 @@ class Costs:
     Args:
         sizes: the weights of each parameter, prunable or not.
         prunable: the names of those that count for sparsity.
-        flops: operations of one forward pass by the parameter that they multiply with; "" for work without one.
+        flops: operations of one forward pass.
     """
 
     sizes: Mapping[str, int]
     prunable: frozenset[str]
-    flops: Mapping[str, int]
+    flops: Flops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +52,11 @@ class Goal:
 def goal(op: Prune, costs: Costs) -> Goal:
     """What masks have to come down to under the `flops_budget`, the `params_budget` or the `sparsity` of `op`."""
     if op.flops_budget is not None:
-        whole = sum(costs.flops.values())
         return Goal(
             what=f"a flops_budget of {op.flops_budget:g}",
-            left=lambda masks: sum((_left(masks, name, work) for name, work in costs.flops.items()), Fraction(0)),
-            room=exact(op.flops_budget) * whole,
-            whole=whole,
+            left=partial(flops.left, costs.flops),
+            room=exact(op.flops_budget) * costs.flops.total,
+            whole=costs.flops.total,
         )
     counted = {name: size for name, size in costs.sizes.items() if op.sparsity is None or name in costs.prunable}
     whole = sum(counted.values())

@@ -24,6 +24,9 @@ Gathered while training, or drawn:
     movement            Σ −g·w over the steps of training; the weight's shape
     generator           a seeded `torch.Generator`
 
+A transposed convolution's weight comes as a plain one's, (out, in / groups, …), and so does all that has its shape; but
+where blocks of the Hessian are needed it comes as it lies.
+
 Further keyword arguments are the criterion's own parameters, which a study sets in `[space.criteria.NAME]`, beside
 those of what it needs. What is registered with a criterion: `norm`, how the scores of single weights become one of a
 unit by default; `reads`, where a unit is scored over the weights that read it, not those that make it;
@@ -36,7 +39,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from orchestrator.errors import InputError
 from orchestrator.registry import Entry, Registry
@@ -66,6 +69,8 @@ WHILE_TRAINING = ("movement",)
 """What is gathered in the course of training."""
 LARGE = ("hessian_blocks", "input_gram")
 """Many times the size of the weights: gathered again rather than stored."""
+LIKE_WEIGHT = ("gradient", "hessian_diagonal", "hessian_gradient", "synaptic_flow", "movement")
+"""Of the weight's own shape."""
 NEEDS = (*FROM_DATA, *FROM_STATE, *WHILE_TRAINING, "generator")
 
 DAMPING = 1e-2
@@ -225,6 +230,19 @@ def needs(entry: Entry[Callable[..., Tensor]]) -> tuple[str, ...]:
         return (said,) if isinstance(said, str) else tuple(said)
     names = inspect.signature(entry.function).parameters
     return tuple(name for name in NEEDS if name in names)
+
+
+def scored_roles(criterion: str, structure: str) -> tuple[Literal["makes", "reads"], ...]:
+    """Over which of its weights a unit is scored: those that make it, those that read it, or both."""
+    facts = CRITERIA[criterion].facts
+    if facts.get("reads"):
+        return ("reads",)
+    return ("makes", "reads") if structure == "channel" and not of_rows(criterion) else ("makes",)
+
+
+def of_rows(criterion: str) -> bool:
+    """Whether the criterion scores whole rows: what it says of a row that reads a unit is not said of the unit."""
+    return bool(CRITERIA[criterion].facts.get("norm") == "mean")
 
 
 def parameters(entry: Entry[Callable[..., Tensor]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from orchestrator.errors import StageFailed
 from orchestrator.ops import Prune
 from orchestrator.pruning.allocation import PROTECTED, Tensors, by_group
 from orchestrator.pruning.masks import count
-from orchestrator.pruning.patterns import block_owner
+from orchestrator.pruning.patterns import block_owner, turned
 from orchestrator.pruning.structure import Role, Slice, Units, kept_units, unit_scores
+from orchestrator.tasks.info import Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +142,34 @@ def made_by(group: Units, names: Collection[str]) -> dict[tuple[str, ...], int]:
     }
 
 
-def blocks(shapes: Mapping[str, Sequence[int]], rows: int, columns: int) -> list[Units]:
-    """Each tensor's blocks as units of the flat tensor."""
+def pieces(group: Units, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Piece, ...]:
+    """Where the units of a group lie in the parameters called by `shapes`, as plain data."""
+    return tuple(
+        Piece(
+            tensor=piece.tensor,
+            dim=piece.dim,
+            size=shapes[piece.tensor][piece.dim],
+            role=piece.role,
+            widths=tuple(torch.bincount(piece.owner[piece.owner >= 0], minlength=group.count).tolist()),
+            numel=prod(shapes[piece.tensor]),
+        )
+        for piece in group.slices
+        if piece.role != "buffer"
+    )
+
+
+def blocks(shapes: Mapping[str, Sequence[int]], rows: int, columns: int, transposed: Mapping[str, int]) -> list[Units]:
+    """Each tensor's blocks as units of the flat tensor.
+
+    Args:
+        shapes: with the outputs first.
+        rows, columns: of a block.
+        transposed: the groups of tensors that really lie inputs first.
+    """
     groups = []
     for name, shape in shapes.items():
         owner, number = block_owner(shape, rows, columns)
+        owner = turned(owner, transposed[name]) if name in transposed else owner
         piece = Slice(tensor=name, dim=0, owner=owner.reshape(-1), role="makes")
         groups.append(Units(name=name, count=number, slices=(piece,)))
     return groups

@@ -59,6 +59,14 @@ def keep_n_of_m(scores: Tensor, before: Tensor, magnitudes: Tensor, hashes: Tens
     return best.reshape(last).movedim(-1, 1).logical_and(before).contiguous()
 
 
+def turned(tensor: Tensor, groups: int) -> Tensor:
+    """A transposed convolution's weight, or what has its shape, with the outputs first; and the other way round.
+
+    (in, out / groups, …) becomes (out, in / groups, …), as a plain convolution's is, and that the first again.
+    """
+    return tensor.reshape(groups, -1, *tensor.shape[1:]).transpose(1, 2).flatten(0, 1).contiguous()
+
+
 def block_count(shape: Sequence[int], rows: int, columns: int) -> int:
     """How many blocks a tensor of `shape` has, the smaller ones at its edges included."""
     return ceil(shape[0] / rows) * ceil(prod(shape[1:]) / columns)

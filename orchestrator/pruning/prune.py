@@ -15,12 +15,12 @@ from orchestrator.errors import NotFinite, OrchardistError, StageFailed
 from orchestrator.ops import Prune
 from orchestrator.pruning.allocation import Tensors
 from orchestrator.pruning.budget import Costs, goal
-from orchestrator.pruning.criteria import CRITERIA, needs
+from orchestrator.pruning.criteria import CRITERIA, LIKE_WEIGHT, needs, of_rows, scored_roles
 from orchestrator.pruning.masks import count, index_hashes
 from orchestrator.pruning.parts import Part, Things, blocks, grouped, single_weights
-from orchestrator.pruning.patterns import UNITS, block_size, fits, keep_n_of_m, n_of_m
+from orchestrator.pruning.patterns import UNITS, block_size, fits, keep_n_of_m, n_of_m, turned
 from orchestrator.pruning.ranking import Chosen, above, best, within
-from orchestrator.pruning.structure import Role, Units, without
+from orchestrator.pruning.structure import Units, without
 
 Supply = Callable[[str], Mapping[str, Any]]
 """Gives what a criterion needs, by its name in `needs`, for each tensor that is `scored`."""
@@ -70,7 +70,8 @@ def prune(op: Prune, network: Network, supply: Supply) -> Pruned:
 
     Raises:
         NotFinite: a score is NaN or infinite.
-        StageFailed: the criterion returned no scores of the weight's shape, or what is asked for cannot be reached.
+        StageFailed: it is that by a user's own criterion; the criterion returned no scores of the weight's shape; or
+            what is asked for cannot be reached.
     """
     entry = CRITERIA[op.criterion]
     supplied = {need: supply(need) for need in needs(entry)}
@@ -95,22 +96,39 @@ def scored(op: Prune, network: Network) -> dict[str, Tensor]:
     free = _free(op, network)
     if op.structure not in UNITS:
         return free
-    roles = _roles(op)
+    roles = scored_roles(op.criterion, op.structure)
     among = network.weights if roles == ("reads",) else free
     mine = {piece.tensor for group in network.units for piece in group.slices if piece.role in roles}
     return {name: weight for name, weight in among.items() if name in mine}
 
 
-def score(op: Prune, weights: Mapping[str, Tensor], supplied: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def score(
+    op: Prune,
+    weights: Mapping[str, Tensor],
+    supplied: Mapping[str, Mapping[str, Any]],
+    before: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     """The criterion's score of each tensor: a real number for each weight, on the CPU.
 
     Criteria are handed copies in single precision or better: they may write on them, and halves would tie.
+
+    Args:
+        op: names the criterion.
+        weights: to score.
+        supplied: what the criterion needs beside them.
+        before: the masks so far: where one is False the score may be anything.
     """
     own = _own(op)
+    # Blocks of a Hessian are over the entries as they lie.
+    groups = {} if "hessian_blocks" in supplied else dict(op.transposed)
     scores = {}
-    for name, weight in weights.items():
-        given = {need: _copied(values[name]) for need, values in supplied.items()}
-        found = _called(op, name, _copied(weight), given | own)
+    for name, stored in weights.items():
+        weight = _copied(stored)
+        given = {need: _copied(value) for need, value in _given(op, name, supplied).items()}
+        if name in groups:
+            given = {n: turned(value, groups[name]) if n in LIKE_WEIGHT else value for n, value in given.items()}
+            weight = turned(weight, groups[name])
+        found = _called(op, name, weight, given | own)
         if not isinstance(found, Tensor) or found.is_complex():
             kind = found.dtype if isinstance(found, Tensor) else type(found).__name__
             raise StageFailed(f"criterion {op.criterion!r} returned {kind} for {name!r}, not a tensor of real numbers")
@@ -118,7 +136,9 @@ def score(op: Prune, weights: Mapping[str, Tensor], supplied: Mapping[str, Mappi
             shapes = f"{tuple(found.shape)} for a weight of shape {tuple(weight.shape)}"
             raise StageFailed(f"criterion {op.criterion!r} returned scores of shape {shapes} ({name!r})")
         found = found.detach().to("cpu")
+        found = turned(found, groups[name]) if name in groups else found
         scores[name] = found if found.is_floating_point() else found.double()
+        _refuse_not_finite(op, name, stored, scores[name], before[name])
     return scores
 
 
@@ -126,7 +146,7 @@ def _by_rank(
     op: Prune, network: Network, before: Mapping[str, Tensor], supplied: Mapping[str, Mapping[str, Any]]
 ) -> Pruned:
     """The masks without what is worth least: single weights, blocks of them, or units."""
-    scores = score(op, scored(op, network), supplied)
+    scores = score(op, scored(op, network), supplied, before)
     things, masks_of = _things(op, network, before, scores)
     if op.threshold is not None:
         chosen = above(things, partial(_unit, op, network))
@@ -146,13 +166,14 @@ def _by_pattern(
     pattern = n_of_m(op.structure)
     assert pattern is not None
     free = _free(op, network)
-    fitting = {name: weight for name, weight in free.items() if fits(weight.shape, pattern[1])}
+    fitting = {n: free[n] for n, weight in _rows_first(op, free).items() if fits(weight.shape, pattern[1])}
     chosen = {}
     if "solve" not in CRITERIA[op.criterion].facts:
-        for name, found in score(op, fitting, supplied).items():
-            sizes, hashes = fitting[name].abs(), index_hashes(name, found.numel()).reshape(found.shape)
-            chosen[name] = keep_n_of_m(found, before[name], sizes, hashes, *pattern)
-    masks = {**network.masks, **before, **chosen}
+        weights, there = _rows_first(op, fitting), _rows_first(op, before)
+        for name, found in _rows_first(op, score(op, fitting, supplied, before)).items():
+            sizes, hashes = weights[name].abs(), index_hashes(name, found.numel()).reshape(found.shape)
+            chosen[name] = keep_n_of_m(found, there[name], sizes, hashes, *pattern)
+    masks = {**network.masks, **before, **_rows_first(op, chosen)}
     after, moved = _moved(op, replace(network, weights=fitting), before, masks, supplied)
     dense = [name for name in free if name not in fitting]
     return Pruned(masks=after, moved=moved, remarks={"dense": dense} if dense else {})
@@ -172,7 +193,7 @@ def _moved(
     if not {"solve", "compensate"} & facts.keys():
         return masks, moved
     for name, weight in _free(op, network).items():
-        given = {need: values[name] for need, values in supplied.items()}
+        given = _given(op, name, supplied)
         if "solve" in facts:
             rows = masks[name].reshape(len(weight), -1).sum(dim=1) if op.scope == "row" else None
             keep = count(masks[name]) if rows is None else rows
@@ -187,38 +208,29 @@ def _things(
 ) -> tuple[Things, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
     """What is ranked, and how the masks of all parameters follow from what is kept of it."""
     masks = {**network.masks, **before}
+    weights = _rows_first(op, network.weights)
     if op.structure == "weight":
-        return single_weights(op, scores, network.weights, network.masks), lambda kept: masks | kept
+        things = single_weights(op, _rows_first(op, scores), weights, _rows_first(op, network.masks))
+        return things, lambda kept: masks | _rows_first(op, kept)
     facts = CRITERIA[op.criterion].facts
     norm = op.norm or facts.get("norm", "l2")
     # A draw, or the score of a whole row, is the same whatever of the row is masked.
-    as_they_are = norm == "first" or _of_rows(op)
+    as_they_are = norm == "first" or of_rows(op.criterion)
     seen = scores if as_they_are else {name: found.where(before[name], 0) for name, found in scores.items()}
     block = block_size(op.structure)
     if block is None:
-        things = grouped(op, network.units, seen, network.weights, masks, norm=norm, roles=_roles(op))
+        roles = scored_roles(op.criterion, op.structure)
+        things = grouped(op, network.units, seen, network.weights, masks, norm=norm, roles=roles)
         named = {group.name: group for group in network.units}
         held = {part.name: part.held for part in things.parts}
         return things, lambda kept: without(
             [(named[name], mask | held[name]) for name, mask in kept.items()], masks, network.shapes
         )
     flat = [{name: tensor.reshape(-1) for name, tensor in found.items()} for found in (seen, network.weights, masks)]
-    groups = blocks({name: weight.shape for name, weight in network.weights.items()}, *block)
+    groups = blocks({name: weight.shape for name, weight in weights.items()}, *block, dict(op.transposed))
     owners = {group.name: group.slices[0].owner.reshape(before[group.name].shape) for group in groups}
     things = grouped(op, groups, *flat, norm=norm, roles=("makes",))
     return things, lambda kept: masks | {name: before[name] & mask[owners[name]] for name, mask in kept.items()}
-
-
-def _roles(op: Prune) -> tuple[Role, ...]:
-    """Over which of its weights a unit is scored."""
-    if CRITERIA[op.criterion].facts.get("reads"):
-        return ("reads",)
-    return ("makes", "reads") if op.structure == "channel" and not _of_rows(op) else ("makes",)
-
-
-def _of_rows(op: Prune) -> bool:
-    """Whether the criterion scores whole rows: what it says of a row that reads a unit is not said of the unit."""
-    return bool(CRITERIA[op.criterion].facts.get("norm") == "mean")
 
 
 def _free(op: Prune, network: Network) -> dict[str, Tensor]:
@@ -231,8 +243,14 @@ def _unit(op: Prune, network: Network, part: Part) -> float:
     """What the threshold is a multiple of: the standard deviation of the kept weights, or 1."""
     if op.threshold_unit == "absolute" or not part.kept:
         return 1.0
-    weight = network.weights[part.name]
+    weight = _rows_first(op, {part.name: network.weights[part.name]})[part.name]
     return float((weight if part.among is None else weight[part.among]).double().std(correction=0))
+
+
+def _rows_first(op: Prune, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of weights' shapes with the outputs first, where they lie inputs first, and the other way round."""
+    groups = dict(op.transposed)
+    return {name: turned(tensor, groups[name]) if name in groups else tensor for name, tensor in tensors.items()}
 
 
 def _remarks(op: Prune, counts: Tensors, chosen: Chosen) -> dict[str, Any]:
@@ -241,6 +259,29 @@ def _remarks(op: Prune, counts: Tensors, chosen: Chosen) -> dict[str, Any]:
         others = sum(kept for name, kept in counts.kept.items() if name not in chosen.kept)
         remarks["units"] = [others + sum(map(count, chosen.kept.values())), counts.total]
     return remarks
+
+
+def _given(op: Prune, name: str, supplied: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the criterion needs beside the tensor called `name`."""
+    for need, values in supplied.items():
+        if name not in values:
+            raise StageFailed(
+                f"criterion {op.criterion!r}: there is no {need} of {name!r}; name what cannot be scored in "
+                "prune.ignore"
+            )
+    return {need: values[name] for need, values in supplied.items()}
+
+
+def _refuse_not_finite(op: Prune, name: str, weight: Tensor, scores: Tensor, before: Tensor) -> None:
+    if not scores.numel() or all(bool(end.isfinite()) for end in scores.aminmax()):
+        return
+    bad = count(before & ~scores.isfinite())
+    if not bad:
+        return
+    said = f"{bad} of the {count(before)} scores of {name!r} are NaN or infinite"
+    if ":" in op.criterion and bool(weight.isfinite().all()):  # it is the user's function, not the training
+        raise StageFailed(f"criterion {op.criterion!r}: {said}")
+    raise NotFinite(said)
 
 
 def _called(op: Prune, name: str, weight: Tensor, given: Mapping[str, Any]) -> Any:

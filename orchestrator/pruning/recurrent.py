@@ -324,7 +324,7 @@ def _readers(
         has = (numbers >> bit & 1).bool()
         ones = _features(_seen(model, module, example, has & open_layers))
         zeros = _features(_seen(model, module, example, ~has & open_layers))
-        for name in ones.keys() | zeros.keys():
+        for name in sorted(ones.keys() | zeros.keys()):  # units are told, and their scores added up, in this order
             one, zero = (some.get(name) for some in (ones, zeros))
             one = torch.zeros_like(zero) if one is None and zero is not None else one
             assert one is not None

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from orchestrator.errors import NotFinite, StageFailed
@@ -66,6 +67,18 @@ class Source:
         return [found[name] for name in self.names]
 
 
+class Unavailable(StageFailed):
+    """A statistic that cannot be had of some of the parameters; of the others it may be."""
+
+    def __init__(self, what: str, names: Sequence[str], reason: str) -> None:
+        listed = ", ".join(repr(name) for name in names)
+        super().__init__(f"there is no {what} of {listed}: {reason}; name what cannot be scored in prune.ignore")
+        self.what, self.names, self.reason = what, tuple(names), reason
+
+    def __reduce__(self) -> tuple[type[Unavailable], tuple[str, tuple[str, ...], str]]:
+        return type(self), (self.what, self.names, self.reason)
+
+
 STATISTICS: Registry[Callable[..., dict[str, Tensor]]] = Registry("statistic")
 statistic = STATISTICS.register
 
@@ -95,7 +108,8 @@ def gather(
         parameters: of the criterion; those that the statistic does not have are passed over.
 
     Raises:
-        StageFailed: the statistic cannot be had of this model, task or parameter.
+        Unavailable: the statistic cannot be had of some of the parameters.
+        StageFailed: it cannot be had of this model or task.
         NotFinite: a value of it is NaN or infinite.
     """
     model.eval()
@@ -257,7 +271,8 @@ def synaptic_flow(source: Source) -> dict[str, Tensor]:
 
     Raises:
         StageFailed: the model cannot run in double precision; or it takes whole numbers, and there is no embedding
-            where ones could enter, or an embedding is to be scored itself.
+            where ones could enter.
+        Unavailable: an embedding is to be scored itself.
     """
     model = source.model.double()
     parameters = source.parameters()
@@ -286,14 +301,17 @@ def synaptic_flow(source: Source) -> dict[str, Tensor]:
         if not outputs:
             raise StageFailed("SynFlow needs outputs that are tensors of real numbers")
         flows = torch.autograd.grad(torch.stack(outputs).sum(), parameters, allow_unused=True)
-    found = {}
-    for name, parameter, flow in zip(source.names, parameters, flows, strict=True):
-        if flow is None and isinstance(model.get_submodule(name.rpartition(".")[0]), (nn.Embedding, nn.EmbeddingBag)):
-            raise StageFailed(
-                f"SynFlow cannot score {name!r}, for its ones enter behind embeddings; name it in prune.ignore"
-            )
-        found[name] = torch.zeros_like(parameter) if flow is None else flow
-    return found
+    passed = [
+        name
+        for name, flow in zip(source.names, flows, strict=True)
+        if flow is None and isinstance(model.get_submodule(name.rpartition(".")[0]), (nn.Embedding, nn.EmbeddingBag))
+    ]
+    if passed:
+        raise Unavailable("synaptic flow", passed, "SynFlow's ones enter behind embeddings")
+    return {
+        name: torch.zeros_like(parameter) if flow is None else flow
+        for name, parameter, flow in zip(source.names, parameters, flows, strict=True)
+    }
 
 
 @statistic("batchnorm_scale")
@@ -301,7 +319,7 @@ def batchnorm_scale(source: Source) -> dict[str, Tensor]:
     """Scale γ of the BatchNorm that is handed the layer's output itself, with nothing between (Liu et al., 2017).
 
     Raises:
-        StageFailed: a layer has none.
+        Unavailable: a layer has none.
     """
     made: list[tuple[str, Tensor]] = []
     found: dict[str, Tensor] = {}
@@ -318,7 +336,7 @@ def batchnorm_scale(source: Source) -> dict[str, Tensor]:
     for name in source.names:
         path, _, leaf = name.rpartition(".")
         module = source.model.get_submodule(path)
-        if leaf == "weight" and isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if leaf == "weight" and isinstance(module, (nn.Linear, _ConvNd)):
             module.register_forward_hook(partial(makes, name))
     for module in source.model.modules():
         if isinstance(module, _BatchNorm):
@@ -327,8 +345,7 @@ def batchnorm_scale(source: Source) -> dict[str, Tensor]:
         call(source.model, source.example)
     missing = [name for name in source.names if name not in found]
     if missing:
-        listed = ", ".join(repr(name) for name in missing)
-        raise StageFailed(f"no BatchNorm with a scale reads the output of {listed} directly; name them in prune.ignore")
+        raise Unavailable("BatchNorm scale", missing, "no BatchNorm with a scale reads the layer's output directly")
     return {name: found[name].to(_sum_dtype(found[name])) for name in source.names}
 
 
@@ -379,10 +396,10 @@ def _observe(source: Source, what: str, of: Callable[[_Product], Tensor]) -> dic
     """The sums of `of` over all products of each named parameter, by the rows that took part, in order.
 
     Raises:
-        StageFailed: some row of a parameter is not seen in a product with inputs.
+        Unavailable: some row of a parameter is not seen in a product with inputs.
     """
     source.parameters()
-    observer = _Observer(source, what, of)
+    observer = _Observer(source, of)
     with torch.no_grad(), plain_kernels():
         for batch in source.batches:
             with observer:
@@ -395,16 +412,14 @@ def _observe(source: Source, what: str, of: Callable[[_Product], Tensor]) -> dic
         edges = sorted(observer.sums[name])
         # The rows that took part must follow on each other, from the first to the last.
         if not edges or [0, *(stop for _, stop in edges)] != [*(start for start, _ in edges), len(parameters[name])]:
-            raise _unseen(name, what)
+            observer.missed.add(name)
+    missed = [name for name in source.names if name in observer.missed]
+    if missed:
+        raise Unavailable(what, missed, UNSEEN)
     return {name: dict(sorted(observer.sums[name].items())) for name in source.names}
 
 
-def _unseen(name: str, what: str) -> StageFailed:
-    return StageFailed(
-        f"the {what} of {name!r} cannot be observed: it is not, or not only, the weight of linear layers, convolutions "
-        "or attention; name it in prune.ignore"
-    )
-
+UNSEEN = "only weights of linear layers, plain convolutions and attention, used as they are, can be observed"
 
 aten = torch.ops.aten
 
@@ -416,10 +431,11 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _should_skip_dynamo(cls) -> bool:
         return False  # else torch imports its whole compiler at the first call, for more than a second
 
-    def __init__(self, source: Source, what: str, of: Callable[[_Product], Tensor]) -> None:
+    def __init__(self, source: Source, of: Callable[[_Product], Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sums: dict[str, dict[tuple[int, int], Tensor]] = {name: {} for name in source.names}
-        self._what, self._of, self._model = what, of, source.model
+        self.missed: set[str] = set()
+        self._of, self._model = of, source.model
         self._places: dict[int, list[tuple[str, nn.Parameter]]] = {
             p.untyped_storage().data_ptr(): [] for p in source.model.parameters()
         }
@@ -445,7 +461,8 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         name, parameter = found
         if transposed or weight.shape != parameter.shape:
-            raise _unseen(name, self._what)
+            self.missed.add(name)
+            return
         rows = len(weight) // groups
         for group in range(groups):
             mine = slice(group * rows, (group + 1) * rows)
@@ -464,7 +481,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _matrices(self, inputs: Tensor, matrix: Tensor, result: Tensor, with_bias: bool) -> None:
         first = self._named(inputs)
         if first is not None:
-            raise _unseen(first[0], self._what)
+            self.missed.add(first[0])
         found = self._named(matrix)
         if found is None:
             return
@@ -475,7 +492,8 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         start, beyond = divmod(int(matrix.storage_offset()) - int(parameter.storage_offset()), width)
         straight = matrix.dim() == 2 and matrix.stride(0) == 1 and (matrix.shape[1] == 1 or matrix.stride(1) == width)
         if beyond or not straight or len(matrix) != width or not parameter.is_contiguous():
-            raise _unseen(name, self._what)
+            self.missed.add(name)
+            return
         stop = start + matrix.shape[1]
         outputs = _widened(result).reshape(-1, result.shape[-1])
         if not with_bias:

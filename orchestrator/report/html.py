@@ -23,6 +23,7 @@ from orchestrator.outcome import MEASURES
 from orchestrator.report.charts import Axis, Mark, bars, legend, parallel, scatter
 from orchestrator.report.checklist import Facts, Item, State, checklist
 from orchestrator.report.importance import METHOD, importances
+from orchestrator.report.lineage import drawing
 from orchestrator.report.page import FRACTIONS, element, heat, mixed, note, page, scrolled, section, shown, table
 from orchestrator.settings import Choices
 from orchestrator.tasks import BUILTIN
@@ -494,14 +495,38 @@ def _lineage(record: _Record) -> Element | None:
         )
         before = before if accuracy is None else accuracy
     text = (
-        f"How {key[:SHORT]} came about, first stage first. A model right after pruning is measured only if asked for."
+        f"How {key[:SHORT]} came about, first stage first. A model right after pruning is not in the record: `fetch` "
+        "measures it, and tells what each pruning cost and what retraining gave back."
     )
-    return section("lineage", "Lineage of the knee", note(text), table(rows))
+    drawn = drawing(_prunings(lineage, known), f"The way to {key[:SHORT]}")
+    figure = element("figure", scrolled(drawn, "chart"))
+    return section("lineage", "Lineage of the knee", note(text), figure, table(rows))
+
+
+def _prunings(lineage: Sequence[Mapping[str, Any]], known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the record has of each pruning: the model before it, and the first that was measured after it."""
+    found: list[dict[str, Any]] = []
+    before, waiting = None, False
+    for step in lineage:
+        row = known.get(step["key"], {})
+        if step["op"] == "Prune":
+            found.append({"before": before, "pruned": None, "retrained": None, "sparsity": None})
+            waiting = True
+        if row.get("accuracy") is not None:
+            before = row["accuracy"]
+            if waiting:
+                found[-1] |= {"retrained": before, "sparsity": row["sparsity"]}
+                waiting = False
+    return {"metric": "accuracy", "split": "valid", "prunings": found}
 
 
 def _stage_in_words(step: Mapping[str, Any]) -> str:
     hidden = ("key", "op", "from", "recipe", "remarks")
-    said = [f"{name.replace('_', ' ')} {shown(name, value)}" for name, value in step.items() if name not in hidden]
+    said = [
+        shown(name, value) if name == "what" else f"{name.replace('_', ' ')} {shown(name, value)}"
+        for name, value in step.items()
+        if name not in hidden
+    ]
     recipe = ", ".join(f"{name} {shown(name, value)}" for name, value in (step.get("recipe") or {}).items())
     return ", ".join(said) + (f" ({recipe})" if recipe else "")
 

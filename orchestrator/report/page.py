@@ -12,7 +12,16 @@ from xml.etree.ElementTree import Element, tostring
 FRACTIONS = ("accuracy", "sparsity")
 """Measures whose names end so lie in 0..1 and are shown in percent."""
 
-STYLE = """
+# What a table becomes where it would be broader than the page: each row a paragraph, each cell after its name.
+_CARDS = """  TABLE, TABLE tbody { display: block; width: auto; } TABLE thead { display: none; }
+  TABLE tr { display: block; padding: .4rem 0; border-bottom: 1px solid var(--line); }
+  TABLE td { display: inline-block; border: 0; padding: .1rem .9rem .1rem 0; max-width: 100%; }
+  TABLE td:empty { display: none; }
+  TABLE td::before { content: attr(data-name) " "; color: var(--soft); font-weight: 400; }
+"""
+
+STYLE = (
+    """
 :root { color-scheme: light dark; --ink: #1a1a1a; --soft: #5c6066; --line: #d5d8dc; --paper: #fff; --panel: #f5f6f7;
   --blue: #0072b2; --red: #d55e00; --green: #00795a; --pink: #b05a8c; --orange: #a86f00; --sky: #2f86b5; --cloud: .55; }
 @media screen and (prefers-color-scheme: dark) { :root { --ink: #e9eaec; --soft: #a3a9b1; --line: #3c4249;
@@ -34,12 +43,13 @@ a { color: var(--blue); }
 table { border-collapse: collapse; width: max-content; font-size: .85rem;
   font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top;
-  max-width: min(26rem, 62vw); }
+  max-width: min(26rem, 62vw); overflow-wrap: break-word; }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
 td.number { text-align: right; white-space: nowrap; }
 tr.knee { background: var(--panel); font-weight: 600; }
 table.heat td { text-align: center; min-width: 3.2rem; border: 1px solid var(--paper); white-space: nowrap; }
-table.heat th { white-space: nowrap; }
+table.heat th { white-space: nowrap; max-width: none; }
+table.heat th[scope=row] { position: sticky; left: 0; background: var(--paper); }
 code, pre { font: .85em/1.45 ui-monospace, monospace; }
 pre { background: var(--panel); padding: .75rem; overflow-x: auto; white-space: pre-wrap; }
 figure { margin: .75rem 0; }
@@ -65,13 +75,12 @@ svg .chosen { fill: var(--blue); fill-opacity: .3; pointer-events: none; }
 #tip { position: fixed; z-index: 9; pointer-events: none; max-width: min(24rem, 90vw); padding: .4rem .6rem;
   background: var(--ink); color: var(--paper); font: 13px/1.4 system-ui, sans-serif; border-radius: 4px;
   white-space: pre-line; }
-@media (max-width: 40rem) { body { padding: .6rem; } h1 { font-size: 1.35rem; } }
-@media print, (max-width: 40rem) {
-  table.cards, table.cards tbody { display: block; width: auto; } table.cards thead { display: none; }
-  table.cards tr { display: block; padding: .4rem 0; border-bottom: 1px solid var(--line); }
-  table.cards td { display: inline-block; border: 0; padding: .1rem .9rem .1rem 0; max-width: 100%; }
-  table.cards td::before { content: attr(data-name) " "; color: var(--soft); font-weight: 400; }
-}
+@media screen and (max-width: 40rem) {
+  body { padding: .6rem; } h1 { font-size: 1.35rem; }
+  table.heat th[scope=row] { white-space: normal; max-width: 9rem; }
+"""
+    + _CARDS.replace("TABLE", "table:not(.heat)")
+    + """}
 @media print {
   body { max-width: none; font-size: 10pt; padding: 0; }
   nav, #tip { display: none; }
@@ -79,10 +88,13 @@ svg .chosen { fill: var(--blue); fill-opacity: .3; pointer-events: none; }
   .wide { overflow: visible; } table { font-size: 7pt; } th, td { padding: .12rem .25rem; }
   table { width: auto; } td, th { max-width: none; }
   table.heat td { min-width: 0; } svg { min-width: 0 !important; }
-  h2 { break-after: avoid; } tr, figure { break-inside: avoid; }
+  table.heat th[scope=row] { position: static; }
+  h2, h3, .note { break-after: avoid; } tr, figure, p { break-inside: avoid; }
   table:not(.cards) thead { display: table-header-group; }
-}
 """
+    + _CARDS.replace("TABLE", "table.cards")
+    + "}\n"
+)
 
 SCRIPT = """
 "use strict";
@@ -209,7 +221,7 @@ def table(rows: Sequence[Mapping[str, Any]], *, knee: int | None = None, cards: 
     Args:
         rows: by name.
         knee: the position of the row to mark.
-        cards: on a phone and on paper each row is a paragraph, for tables that are broader than both.
+        cards: on paper each row is a paragraph, as on a phone it always is: for tables that are broader than a page.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     body = element("tbody")
@@ -249,7 +261,7 @@ def shown(name: str, value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        return ", ".join(_listed(each) for each in value) if isinstance(value, list | tuple) else str(value)
     if name.endswith(FRACTIONS):
         return f"{100 * value:.2f} %"
     if isinstance(value, int) or abs(value) >= 10_000:
@@ -269,6 +281,10 @@ def _cell(name: str, value: Any) -> Element:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     text = shown(name, value)
     return element("td", text, class_="number" if number or "±" in text else None, data_name=_named(name))
+
+
+def _listed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _named(name: str) -> str:

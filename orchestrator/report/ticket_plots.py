@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import groupby
 from math import ceil, prod
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,14 +17,19 @@ from numpy.typing import NDArray
 from orchestrator.errors import InputError, QueryError
 from orchestrator.report.plot import DARK, DOTS_PER_INCH, GREY, STYLES
 from orchestrator.seeds import derive
-from orchestrator.settings import HOW_MUCH
 from orchestrator.tickets.interval import interval
-from orchestrator.tickets.packed import Masks, in_common, pack
-from orchestrator.tickets.similarity import ByLayer, Curve, agreement, k_of_n
 from orchestrator.tickets.stability import STABLE
+from orchestrator.tickets.study.agreement import (
+    Compared,
+    comparable,
+    kept_share,
+    lines,
+    mean_agreement,
+    mean_curves,
+)
 from orchestrator.tickets.study.stability import recorded
 from orchestrator.tickets.study.structure import Body, look, masks_of
-from orchestrator.tickets.study.table import Found, read, steps_to_best
+from orchestrator.tickets.study.table import Found, compared_on, read, steps_to_best
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,6 +42,7 @@ Floats = NDArray[np.float64]
 _BLUE, _RED, _GREEN, _PINK, _ORANGE, _SKY = (colour for colour, _ in STYLES)
 LOOKS: dict[str, dict[str, Any]] = {
     "dense": {"color": GREY, "linestyle": (0, (1, 2)), "marker": "*"},
+    "dense-transferred": {"color": GREY, "linestyle": (0, (3, 1.5)), "marker": "d", "markerfacecolor": "white"},
     "dense-long": {"color": GREY, "linestyle": (0, (5, 2)), "marker": "p"},
     "one-shot": {"color": _BLUE, "linestyle": "-", "marker": "o"},
     "imp": {"color": _SKY, "linestyle": "-", "marker": "s"},
@@ -69,8 +73,6 @@ MOST_NAMED = 12
 """Cells of a larger heat map carry no numbers."""
 MOST_ROUNDS = 4
 """So many rounds of one trial are shown as first-layer masks."""
-RULES = ("rounds", "ticket_sparsity", "at_least", *HOW_MUCH)
-"""Tickets that differ in these alone lie on one line, each at what it leaves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,27 +107,11 @@ class Panel:
     """By kind of control; the ticket's under ""."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """Masks that are compared, seed by seed.
-
-    Args:
-        name: of the file.
-        title: what they are.
-        labels: of each mask.
-        by_seed: each seed's masks in this order.
-    """
-
-    name: str
-    title: str
-    labels: tuple[str, ...]
-    by_seed: tuple[tuple[Masks, ...], ...]
-
-
 def plot_tickets(study: Study, folder: Path) -> Drawn:
     """Draw what there is to draw of a study's tickets, as PNG files in `folder`; files of the same names are replaced.
 
     accuracy.png        test accuracy against weights left, beside every control
+    accuracy-on-*.png   the same of the tickets that were tried on another task
     steps.png           steps to the best validation loss, where the study took learning curves
     agreement*.png      Jaccard similarity of the searches of a consensus ticket, or of tickets under the same seed,
                         per layer and overall, beside chance
@@ -162,6 +148,9 @@ def plot_tickets(study: Study, folder: Path) -> Drawn:
 def _pictures(study: Study, tickets: Sequence[Found]) -> Iterator[tuple[str, Callable[[], Figure | str]]]:
     """The name of each picture and what draws it, or says why it cannot be drawn."""
     yield "accuracy", lambda: accuracy_figure(study, tickets)
+    for task in dict.fromkeys(task for ticket in tickets for task in ticket.transfers):
+        there, name = [t.transfers[task] for t in tickets if task in t.transfers], re.sub(r"[^\w.-]+", "-", task)
+        yield f"accuracy-on-{name}", lambda there=there: accuracy_figure(study, there)  # type: ignore[misc]
     yield "steps", lambda: steps_figure(study, tickets)
     compared = list(comparable(study, tickets))
     if not compared:
@@ -176,31 +165,6 @@ def _pictures(study: Study, tickets: Sequence[Found]) -> Iterator[tuple[str, Cal
         name = f"first-layer-trial-{line[0].trial}" if len(found) > 1 else "first-layer"
         yield name, lambda line=line, title=title: first_layer_figure(study, line, title, body)  # type: ignore[misc]
     yield "stability", lambda: stability_figure(study, tickets)
-
-
-def lines(tickets: Sequence[Found]) -> list[tuple[str, list[Found]]]:
-    """The tickets that differ in how much they leave alone, densest first; with what tells them from the others."""
-
-    def rest(ticket: Found) -> tuple[tuple[str, str], ...]:
-        return tuple(sorted((name, str(value)) for name, value in ticket.params.items() if name not in RULES))
-
-    groups = [(key, list(group)) for key, group in groupby(sorted(tickets, key=lambda t: (rest(t), t.trial)), rest)]
-    groups.sort(key=lambda group: group[1][0].trial)
-    everywhere = set.intersection(*(set(key) for key, _ in groups))
-    found = []
-    for key, group in groups:
-        group.sort(key=lambda ticket: (-kept_share(ticket), ticket.trial, ticket.round))
-        said = [
-            value if _speaks(value) else f"{name} {value}" for name, value in key if (name, value) not in everywhere
-        ]
-        found.append((", ".join(said), group))
-    return found
-
-
-def kept_share(ticket: Found) -> float:
-    """The share of the prunable weights that a ticket keeps, 0 to 1, the mean over its seeds."""
-    counts = [list(json.loads(row["layers"]).values()) for row in ticket.rows.values()]
-    return fmean(sum(kept for kept, _ in each) / sum(size for _, size in each) for each in counts)
 
 
 def panels(tickets: Sequence[Found], value: Callable[[Mapping[str, Any]], float | None]) -> list[Panel]:
@@ -231,12 +195,17 @@ def panels(tickets: Sequence[Found], value: Callable[[Mapping[str, Any]], float 
 
 
 def accuracy_figure(study: Study, tickets: Sequence[Found]) -> Figure | str:
-    """Test accuracy, or that on validation where there is no test split, against what is left of the weights."""
-    split, measure = ("test", "test_accuracy") if study.noted().get("test_examples") else ("validation", "accuracy")
+    """Test accuracy, or that on validation where there is no test split, against what is left of the weights.
+
+    All tickets are of one task, the study's own or another.
+    """
+    task = tickets[0].task
+    measure, _ = compared_on(study, task)
+    split = "test" if measure == "test_accuracy" else "validation"
     made = panels(tickets, lambda row: None if row[measure] is None else 100 * row[measure])
     if not any(panel.lines for panel in made):
         return "the task does not measure accuracy"
-    figure, grid = _contenders(study, made, f"accuracy on {split} (%)")
+    figure, grid = _contenders(study, made, f"accuracy on {split} (%)", task)
     low, high = grid[0].get_ylim()  # the panels share it
     best = max(mean for panel in made for line in panel.lines.values() for mean in line.mean)
     low, high = max(low, 0.0), min(high, 100 - (100 - best) * LEAST_ERROR)
@@ -277,7 +246,7 @@ def _from_error(spaced: Floats) -> Floats:
     return accuracy
 
 
-def _contenders(study: Study, made: Sequence[Panel], label: str) -> tuple[Figure, list[Axes]]:
+def _contenders(study: Study, made: Sequence[Panel], label: str, task: str = "") -> tuple[Figure, list[Axes]]:
     shown = made[:MOST_PANELS]
     alone = len(shown) == 1
     figure, grid = _grid(len(shown), width=7.4 if alone else 4.6, height=4.6 if alone else 3.6, share=True)
@@ -292,7 +261,8 @@ def _contenders(study: Study, made: Sequence[Panel], label: str) -> tuple[Figure
         axes.set_title(panel.title, color=DARK, loc="left")
         _plain(axes)
     _label(grid, "" if single else "prunable weights left (%)", label)
-    _head(figure, study, "mean and 95 % interval over seeds", len(made) - len(shown))
+    where = f"tickets tried on {task}, " if task else ""
+    _head(figure, study, f"{where}mean and 95 % interval over seeds", len(made) - len(shown))
     if not single:
         _legend(figure, grid)
     return figure, grid
@@ -349,52 +319,6 @@ def _step_aside(kind: str, kinds: Sequence[str]) -> int:
     return (place // 2 + 1) * (1 if place % 2 == 0 else -1)
 
 
-def comparable(study: Study, tickets: Sequence[Found]) -> Iterator[Compared]:
-    """What may be compared: the searches of each consensus ticket, and the sparsest tickets of different trials."""
-    several = sum(len(_searches(ticket)) > 1 for ticket in tickets) > 1
-    for ticket in tickets:
-        count = len(_searches(ticket))
-        if count > 1:
-            masks = [[masks_of(study, key) for key in found["searches"]] for found in ticket.tickets.values()]
-            name = f"-trial-{ticket.trial}" if several else ""
-            labels = tuple(f"{number}" for number in range(1, count + 1))
-            yield from _complete(name, f"{count} searches of one ticket", labels, masks, _layers(ticket))
-    found = [(title, group[-1]) for title, group in lines(tickets)]
-    if len(found) > 1:
-        seeds = [seed for seed in found[0][1].tickets if all(seed in ticket.tickets for _, ticket in found)]
-        masks = [[masks_of(study, ticket.tickets[seed]["key"]) for _, ticket in found] for seed in seeds]
-        labels = tuple(f"{title}\n({100 * kept_share(ticket):.3g} % left)" for title, ticket in found)
-        title = "the sparsest ticket of each kind, under the same seed"
-        yield from _complete("-of-tickets", title, labels, masks, _layers(found[0][1]))
-
-
-def _complete(
-    name: str, title: str, labels: tuple[str, ...], masks: Sequence[Sequence[Masks | None]], layers: Sequence[str]
-) -> Iterator[Compared]:
-    """The masks of the seeds whose states are all in the store, their layers in the model's order."""
-    whole = [
-        tuple(in_common([{n: mask[n] for n in layers if n in mask} for mask in seed if mask is not None]))
-        for seed in masks
-    ]
-    by_seed = tuple(each for each in whole if len(each) == len(labels))
-    if by_seed:
-        yield Compared(name=name, title=title, labels=labels, by_seed=by_seed)
-
-
-def mean_agreement(compared: Compared) -> dict[str, dict[str, Floats]]:
-    """The "jaccard", "chance" and "excess" of each pair, (N, N), means over the seeds; by layer, "" being overall."""
-    by_seed = [agreement([pack(masks) for masks in each]) for each in compared.by_seed]
-    found = {}
-    for layer in ["", *compared.by_seed[0][0]]:
-        each = [_of(one, layer) for one in by_seed]
-        found[layer] = {
-            "jaccard": np.mean([one.jaccard for one in each], axis=0),
-            "chance": np.mean([one.chance_jaccard for one in each], axis=0),
-            "excess": np.mean([one.excess for one in each], axis=0),
-        }
-    return found
-
-
 def agreement_figure(compared: Compared) -> Figure:
     """Below the diagonal what each pair shares, above it what chance gives; overall and for each layer."""
     found = mean_agreement(compared)
@@ -404,7 +328,7 @@ def agreement_figure(compared: Compared) -> Figure:
     figure, grid = _grid(len(shown), width=side + 0.6, height=side + 0.2, share=True)
     below = np.tril(np.ones((count, count), dtype=bool), -1)
     for axes, (layer, each) in zip(grid, shown.items(), strict=True):
-        values = np.where(below, each["jaccard"], each["chance"])
+        values = np.where(below, each["jaccard"], each["chance_jaccard"])
         values[np.diag_indices(count)] = np.nan
         image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1)
         if count <= MOST_NAMED:
@@ -427,17 +351,6 @@ def agreement_figure(compared: Compared) -> Figure:
     legend = "below the diagonal: as found; above: by chance\nexcess: 0 as by chance, 1 equal"
     figure.suptitle(f"{compared.title}{over}{more}\n{legend}", x=0.01, ha="left", fontsize=10, color=DARK)
     return figure
-
-
-def mean_curves(compared: Compared) -> dict[str, Curve]:
-    """The share of weights that at least k of the masks keep, means over the seeds; by layer, "" being overall."""
-    by_seed = [k_of_n([pack(masks) for masks in each]) for each in compared.by_seed]
-    found = {}
-    for layer in ["", *compared.by_seed[0][0]]:
-        each = [_of(one, layer) for one in by_seed]
-        share, chance = (np.mean([vars(one)[name] for one in each], axis=0).tolist() for name in ("share", "chance"))
-        found[layer] = Curve(share=tuple(share), chance=tuple(chance))
-    return found
 
 
 def k_of_n_figure(compared: Compared) -> Figure:
@@ -533,7 +446,7 @@ def _first_layer(study: Study, title: str, columns: Sequence[tuple[str, tuple[Fl
         _legend(figure, [grid[0][0]])
     what = "kept weights that read each input, means over seeds"
     figure.suptitle(
-        f"{study.spec.name}: {title + ' · ' if title else ''}{what}", x=0.01, ha="left", fontsize=10, color=DARK
+        f"{study.spec.name}{': ' + title if title else ''}\n{what}", x=0.01, ha="left", fontsize=10, color=DARK
     )
     return figure
 
@@ -559,25 +472,6 @@ def stability_figure(study: Study, tickets: Sequence[Found]) -> Figure | str:
     _head(figure, study, f"stable below a barrier of {100 * STABLE:g} points", len(measured) - len(shown))
     _legend(figure, grid)
     return figure
-
-
-def _searches(ticket: Found) -> Sequence[str]:
-    found: Sequence[str] = next(iter(ticket.tickets.values()))["searches"]
-    return found
-
-
-def _layers(ticket: Found) -> list[str]:
-    """The prunable tensors in the model's order."""
-    return list(json.loads(next(iter(ticket.rows.values()))["layers"]))
-
-
-def _of(found: ByLayer[Any], layer: str) -> Any:
-    return found.layers[layer] if layer else found.overall
-
-
-def _speaks(value: str) -> bool:
-    """Whether a value says by itself what it is of, as a criterion's name does."""
-    return not value.replace(".", "").isdigit() and value not in ("True", "False", "None")
 
 
 def _columns(count: int) -> int:

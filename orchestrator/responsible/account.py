@@ -6,35 +6,24 @@ is no other), each beside the dense model that it comes from, so that the same e
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from orchestrator.errors import InputError, QueryError, TaskError
-from orchestrator.measures.accuracy import group_measure
-from orchestrator.outcome import CONTROL_TRIAL, DENSE_TRIAL
 from orchestrator.responsible import regression
 from orchestrator.responsible.across import across_seeds, minority_contrast
 from orchestrator.responsible.answers import (
     Disagreement,
-    Group,
     Ints,
-    answer,
     disagreements,
-    groups_of,
     pairs,
-    targets_of,
 )
 from orchestrator.responsible.covariates import RARE, ClassFacts, class_facts
 from orchestrator.responsible.harm import Floats, Harm, judge, untested, wilson
-from orchestrator.stages import Stages
-from orchestrator.state import from_bytes
-from orchestrator.tasks.load import LoadedTask
+from orchestrator.responsible.record import Outcome, Record
 from orchestrator.tasks.load import load as load_task
 from orchestrator.tasks.source import collect
 
@@ -50,21 +39,6 @@ METHODS = {
     "disagreements": "examples on which dense and pruned differ (Hooker et al., 2019); modal: the votes do",
 }
 
-_SHORTEST_KEY = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Outcome:
-    """A measured state, by its record."""
-
-    key: str
-    trial: int
-    round: int
-    seed: int
-    sparsity: float
-    accuracies: Mapping[str, float]
-    """By the group's name."""
-
 
 def account(
     study: Study,
@@ -77,7 +51,8 @@ def account(
 ) -> dict[str, Any]:
     """Who pays for the pruning, as plain data: the document that `orchardist responsible --format json` prints.
 
-    Without a choice the knee of the front is looked at, and "rows" has every state of the study; with one, its alone.
+    Without a choice the knee of the front is looked at, and "rows" has every state of the study, or as many as
+    `record.MOST_LISTED` of them; with one, its alone.
 
     Args:
         study: an opened study of a task with classes.
@@ -98,13 +73,12 @@ def account(
     bound = 1 / len(loaded.classes) if learnt_above is None else learnt_above
     if not 0 <= bound < 1:
         raise InputError(f"learnt_above = {bound!r} must be a share from 0 to below 1")
-    record = _Record(study, loaded)
+    record = Record(study, loaded)
     chosen = record.chosen(key, where, minimise)
     compared = [_compare(record, one, bound) for one in _run_all(record, chosen, told)]
     rows = [row for each in compared for row in each.rows]
     if key is None and not where and minimise is None:
-        done = {one.key for one in chosen}
-        rows += [row for one in record.pruned if one.key not in done for row in _recorded_rows(record, one, bound)]
+        rows += _recorded_rows(record, record.others(chosen), bound)
     facts = class_facts(loaded)
     differing = disagreements(record.targets, [one.dense for one in compared], [one.pruned for one in compared])
     first = compared[0]
@@ -135,123 +109,11 @@ def account(
     }
 
 
-class _Record:
-    """What the ledger has of a study, for the task as it is now."""
-
-    def __init__(self, study: Study, loaded: LoadedTask) -> None:
-        self.study = study
-        self.loaded = loaded
-        self.split = "valid" if loaded.test is None else "test"
-        self.notes: list[str] = []
-        assert loaded.classes is not None
-        self.targets = targets_of(loaded, self.split)
-        self.groups: list[Group] = groups_of(self.targets, loaded.classes, loaded.groups.get(self.split, {}))
-        self.supports = np.array([group.support for group in self.groups], dtype=np.int64)
-        outcomes = list(self._read())
-        self.pruned = [one for one in outcomes if one.trial != DENSE_TRIAL and one.round > 0]
-        self.dense = {one.key: one for one in outcomes if one.trial == DENSE_TRIAL or one.round == 0}
-
-    @cached_property
-    def stages(self) -> Stages:
-        """What runs the models."""
-        return Stages(self.loaded, "cuda" if torch.cuda.is_available() else "cpu")
-
-    def _read(self) -> Iterator[_Outcome]:
-        prefix = "test_" if self.split == "test" else ""
-        column = f"{prefix}class_accuracy"
-        names = ["key", "trial", "round", "seed", "sparsity", "task_digest", "finished_at", column, "metrics"]
-        digest = self.loaded.info.digest
-        rows = self.study.store.table(self.study.spec.name, "outcomes", names).to_pylist()
-        rows = [row for row in rows if row["trial"] != CONTROL_TRIAL]
-        rows.sort(key=lambda row: row["finished_at"] or 0.0)
-        others = sum(row["task_digest"] != digest for row in rows)
-        if rows and others == len(rows):
-            raise TaskError(
-                f"the task {self.study.spec.task!r} has changed since the study ran: nothing can be compared"
-            )
-        if others:
-            self.notes.append(f"{others} states were measured before the task changed and are left out")
-        assert self.loaded.classes is not None
-        classes = self.loaded.classes
-        for row in rows:
-            if row["task_digest"] != digest:
-                continue
-            found = dict(zip(classes, row[column] or [None] * len(classes), strict=True))
-            metrics = json.loads(row["metrics"] or "{}")
-            for group in self.groups[len(classes) :]:
-                label = group.name.removeprefix(f"{group.of}=")
-                found[group.name] = metrics.get(prefix + group_measure(group.of, label))
-            accuracies = {name: float("nan") if value is None else float(value) for name, value in found.items()}
-            yield _Outcome(
-                key=row["key"],
-                trial=row["trial"],
-                round=row["round"],
-                seed=row["seed"],
-                sparsity=row["sparsity"],
-                accuracies=accuracies,
-            )
-
-    def chosen(self, key: str | None, where: Sequence[str], minimise: str | None) -> list[_Outcome]:
-        """The states of one point of the study, one for each seed; the one that is looked at first comes first."""
-        if key is None:
-            found = self.study.front(where, minimise)
-            if not found.points or found.knee is None:
-                raise QueryError(f"the study {self.study.spec.name!r} has no finished trial that may be chosen")
-            point = found.points[0 if minimise else found.knee]
-            key, keys = point["key"], set(point["keys"])
-        else:
-            key = self._whole(key)
-            (one,) = [one for one in self.pruned if one.key == key]
-            keys = {other.key for other in self.pruned if (other.trial, other.round) == (one.trial, one.round)}
-        states = [one for one in self.pruned if one.key in keys]
-        if key not in {one.key for one in states}:
-            raise QueryError(f"the state {key[:12]} was measured before the task changed; run the study again")
-        return sorted(states, key=lambda one: (one.key != key, one.seed))
-
-    def _whole(self, key: str) -> str:
-        found = [one.key for one in self.pruned if one.key.startswith(key)]
-        name = self.study.spec.name
-        if len(key) >= _SHORTEST_KEY and any(dense.startswith(key) for dense in self.dense):
-            raise QueryError(f"{key!r} is a dense model of {name!r}: a pruned one is compared with it")
-        if len(key) < _SHORTEST_KEY or not found:
-            shown = f"`front` shows keys, {_SHORTEST_KEY} characters are enough"
-            raise QueryError(f"no pruned state {key!r} in the study {name!r}; {shown}")
-        if len(found) > 1:
-            raise QueryError(f"{len(found)} states begin with {key!r}: give more of the key")
-        return found[0]
-
-    def dense_of(self, one: _Outcome) -> _Outcome | None:
-        """The trained dense model that a state was pruned from; that of the study under its seed if it never was."""
-        if self._own_dense:
-            header = self.study.store.states.header(one.key) or {}
-            for entry in reversed(json.loads(header.get("lineage", "[]"))):
-                if entry["key"] in self.dense:
-                    return self.dense[entry["key"]]
-        return self._dense_by_seed.get(one.seed)
-
-    @cached_property
-    def _own_dense(self) -> bool:
-        """Whether trials train dense models of their own, so that one seed has several."""
-        return any(one.trial != DENSE_TRIAL for one in self.dense.values())
-
-    @cached_property
-    def _dense_by_seed(self) -> dict[int, _Outcome]:
-        return {one.seed: one for one in self.dense.values() if one.trial == DENSE_TRIAL}
-
-    def run(self, key: str) -> Ints:
-        """The answers of a state to every example of the split."""
-        data = self.study.store.states.read(key)
-        if data is None:
-            name = self.study.store.name
-            raise QueryError(f"the state {key[:12]} is no longer in the store {name}; run the study again")
-        return answer(self.stages, from_bytes(data), self.split)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Run:
     """A pruned model and its dense one with their answers (n,)."""
 
-    outcome: _Outcome
+    outcome: Outcome
     dense_key: str
     dense: Ints
     pruned: Ints
@@ -268,7 +130,7 @@ class _Compared:
     rows: list[dict[str, Any]]
 
 
-def _run_all(record: _Record, chosen: Sequence[_Outcome], told: Callable[[str], None]) -> list[_Run]:
+def _run_all(record: Record, chosen: Sequence[Outcome], told: Callable[[str], None]) -> list[_Run]:
     answers: dict[str, Ints] = {}
     wanted = []
     for one in chosen:
@@ -286,41 +148,52 @@ def _run_all(record: _Record, chosen: Sequence[_Outcome], told: Callable[[str], 
     ]
 
 
-def _compare(record: _Record, run: _Run, learnt_above: float) -> _Compared:
+def _compare(record: Record, run: _Run, learnt_above: float) -> _Compared:
     tables = [pairs(group.rows, record.targets, run.dense, run.pruned) for group in record.groups]
     harms = judge(tables, learnt_above)
     one = run.outcome
     recorded = [one.accuracies[group.name] for group in record.groups]
     if not np.allclose(recorded, [harm.pruned for harm in harms], atol=1e-9, equal_nan=True):
         record.notes.append(f"{one.key[:12]} answers a little otherwise on this device than where it was measured")
-    rows = _rows(record, one, run.dense_key, harms)
+    rows = _rows(record, [(one, run.dense_key)], harms)
     for row, table in zip(rows, tables, strict=True):
         row |= {"lost": table.lost, "won": table.won}
     return _Compared(dense_key=run.dense_key, dense=run.dense, pruned=run.pruned, harms=harms, rows=rows)
 
 
-def _recorded_rows(record: _Record, one: _Outcome, learnt_above: float) -> list[dict[str, Any]]:
-    dense = record.dense_of(one)
-    if dense is None:
+def _recorded_rows(record: Record, ones: Sequence[Outcome], learnt_above: float) -> list[dict[str, Any]]:
+    """Rows for the states of `ones` by the record alone, all at once: there may be a thousand."""
+    beside = [(one, dense) for one in ones if (dense := record.dense_of(one)) is not None]
+    if not beside:
         return []
-    before, after = (_values(record, each) for each in (dense, one))
-    return _rows(record, one, dense.key, untested(record.supports, before, after, learnt_above))
+    before = np.concatenate([_values(record, dense) for _, dense in beside])
+    after = np.concatenate([_values(record, one) for one, _ in beside])
+    supports = np.tile(record.supports, len(beside))
+    harms = untested(supports, before, after, learnt_above, models=len(beside))
+    return _rows(record, [(one, dense.key) for one, dense in beside], harms)
 
 
-def _values(record: _Record, one: _Outcome) -> Floats:
+def _values(record: Record, one: Outcome) -> Floats:
     return np.array([one.accuracies[group.name] for group in record.groups], dtype=np.float64)
 
 
-def _rows(record: _Record, one: _Outcome, dense_key: str, harms: Sequence[Harm]) -> list[dict[str, Any]]:
-    """One row for each group, with the intervals of both accuracies."""
-    supports = record.supports
+def _rows(record: Record, ones: Sequence[tuple[Outcome, str]], harms: Sequence[Harm]) -> list[dict[str, Any]]:
+    """One row for each state and group, with the intervals of both accuracies.
+
+    Args:
+        record: what the groups are.
+        ones: states, each with the key of its dense model.
+        harms: of every group of the first state, then of the next.
+    """
+    supports = np.array([harm.support for harm in harms])
     spans = {
-        name: wilson(np.nan_to_num(shares) * supports, supports)
+        name: [bound.tolist() for bound in wilson(np.nan_to_num(shares) * supports, supports)]
         for name, shares in (
             ("dense", np.array([harm.dense for harm in harms])),
             ("pruned", np.array([harm.pruned for harm in harms])),
         )
     }
+    places = [(one, dense_key, group) for one, dense_key in ones for group in record.groups]
     return [
         {
             "key": one.key,
@@ -336,18 +209,18 @@ def _rows(record: _Record, one: _Outcome, dense_key: str, harms: Sequence[Harm])
             "of": group.of,
             "p": harm.p,
             "p_holm": harm.p_holm,
-            **{f"{name}_low": float(lows[index]) for name, (lows, _) in spans.items()},
-            **{f"{name}_high": float(highs[index]) for name, (_, highs) in spans.items()},
+            **{f"{name}_low": lows[index] for name, (lows, _) in spans.items()},
+            **{f"{name}_high": highs[index] for name, (_, highs) in spans.items()},
             "trial": one.trial,
             "round": one.round,
             "seed": one.seed,
             "dense_key": dense_key,
         }
-        for index, (group, harm) in enumerate(zip(record.groups, harms, strict=True))
+        for index, ((one, dense_key, group), harm) in enumerate(zip(places, harms, strict=True))
     ]
 
 
-def _across(record: _Record, compared: Sequence[_Compared]) -> list[dict[str, Any]]:
+def _across(record: Record, compared: Sequence[_Compared]) -> list[dict[str, Any]]:
     some = [index for index, support in enumerate(record.supports.tolist()) if support]
     changes = np.array([[one.harms[index].change for one in compared] for index in some])
     found = across_seeds(changes, record.supports[some].tolist())
@@ -358,7 +231,7 @@ def _across(record: _Record, compared: Sequence[_Compared]) -> list[dict[str, An
 
 
 def _minority(
-    record: _Record, compared: Sequence[_Compared], facts: Sequence[ClassFacts] | None
+    record: Record, compared: Sequence[_Compared], facts: Sequence[ClassFacts] | None
 ) -> dict[str, Any] | None:
     """Whether the rare classes lose more than the others over the seeds; None where no class is rare."""
     if facts is None:
@@ -387,7 +260,7 @@ def _std(values: Floats) -> float | None:
     return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
-def _named(record: _Record, one: Disagreement) -> dict[str, Any]:
+def _named(record: Record, one: Disagreement) -> dict[str, Any]:
     assert record.loaded.classes is not None
     classes = record.loaded.classes
     labels = {
@@ -402,7 +275,7 @@ def _facts(classes: Sequence[str], facts: Sequence[ClassFacts] | None) -> list[d
     return [] if facts is None else [{"class": name, **vars(fact)} for name, fact in zip(classes, facts, strict=True)]
 
 
-def _model(record: _Record, facts: Sequence[ClassFacts] | None) -> dict[str, Any]:
+def _model(record: Record, facts: Sequence[ClassFacts] | None) -> dict[str, Any]:
     """The class-accuracy model over every pruned state of the study and every class with examples."""
     assert record.loaded.classes is not None
     numbers = [
@@ -410,9 +283,10 @@ def _model(record: _Record, facts: Sequence[ClassFacts] | None) -> dict[str, Any
         for number in range(len(record.loaded.classes))
         if record.supports[number] and (facts is None or facts[number].rows)
     ]
-    runs = {seed: number for number, seed in enumerate(sorted({one.seed for one in record.pruned}))}
+    fitted = record.fitted()
+    runs = {seed: number for number, seed in enumerate(sorted({one.seed for one in fitted}))}
     seen: list[tuple[float, float, float, int, int]] = []
-    for one in record.pruned:
+    for one in fitted:
         dense = record.dense_of(one)
         if dense is not None:
             before, after = _values(record, dense), _values(record, one)
@@ -431,7 +305,10 @@ def _model(record: _Record, facts: Sequence[ClassFacts] | None) -> dict[str, Any
     )
     if found is None:
         return {"terms": [], "rows": len(table), "notes": ["too few states of different sparsity to fit a model"]}
-    return found.as_json()
+    document = found.as_json()
+    if len(fitted) < len(record.pruned):
+        document["notes"].append(f"fitted to {len(fitted):,} of {len(record.pruned):,} states, evenly spread over them")
+    return document
 
 
 def _covariates(facts: Sequence[ClassFacts] | None) -> dict[str, Floats]:

@@ -112,8 +112,8 @@ def judge(groups: Sequence[Pairs], learnt_above: float) -> list[Harm]:
     return found
 
 
-def untested(support: Ints, dense: Floats, pruned: Floats, learnt_above: float) -> list[Harm]:
-    """What may be said of each group of one model by two accuracies alone, without the answers behind them.
+def untested(support: Ints, dense: Floats, pruned: Floats, learnt_above: float, *, models: int = 1) -> list[Harm]:
+    """What may be said of each group of a model by two accuracies alone, without the answers behind them.
 
     The interval is Newcombe's for independent proportions, which is wider than that of the same examples where the two
     models tend to be right together.
@@ -123,14 +123,16 @@ def untested(support: Ints, dense: Floats, pruned: Floats, learnt_above: float) 
         dense: the dense model's accuracy (g,); NaN where there are no examples.
         pruned: the pruned model's (g,).
         learnt_above: as in `judge`.
+        models: how many models the groups are of, one after the other.
     """
+    counted = int((support > 0).sum()) // models
     lows, highs = independent_interval(support, dense, pruned)
     found = []
     for n, before, after, low, high in zip(
         support.tolist(), dense.tolist(), pruned.tolist(), lows.tolist(), highs.tolist(), strict=True
     ):
         verdict: Verdict = "not tested"
-        if too_few(n, int((support > 0).sum())):
+        if too_few(n, counted):
             verdict = "too few"
         elif before <= learnt_above:
             verdict = "never learnt"

@@ -306,6 +306,10 @@ class Outcomes:
             self._table = read(self._files, self._study, "outcomes")  # which says so, and has what is left
             return self._table.select(list(columns))
 
+    def starting_with(self, key: str) -> list[int]:
+        """The rows whose key begins so; indices count the rows of `table`."""
+        return list(np.flatnonzero(pc.starts_with(self.table(["key"])["key"], key).to_numpy()).tolist())
+
     def rows(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The given columns, or all, of the rows at `indices`, in that order; indices count the rows of `table`.
 

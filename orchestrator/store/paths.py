@@ -1,6 +1,7 @@
 """Every name on storage, and nowhere else. All paths are relative to the store's root, with forward slashes.
 
 states/ab/<key>.safetensors                       a state under its content address
+checkpoints/<key>.<position>.safetensors          a stage's training in the middle; see `checkpoints`
 studies/NAME/study.toml, study.json               what was asked, and what is known about it
 studies/NAME/outcomes.parquet                     the merged outcomes
 studies/NAME/ledger/<epoch>-<seq>-<kind>.parquet  one flush of one kind of row
@@ -23,6 +24,7 @@ DEFAULT_STORE = "./orchard"
 """Where studies are kept when nobody says where."""
 
 STATES = "states"
+CHECKPOINTS = "checkpoints"
 STUDIES = "studies"
 BARRIERS = "barriers"
 SET_ASIDE = "set-aside"
@@ -31,6 +33,7 @@ HANDSHAKE = "handshake"
 _STUDY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"(\d{6,})-(\d{8,})-([a-z]+)(\.all)?\.parquet")
+_CHECKPOINT = re.compile(r"([0-9a-f]{64})\.(\d{12})\.safetensors")
 _LEASE = re.compile(r"(\d{6,})\.(json|beat|released)")
 
 
@@ -70,6 +73,18 @@ def state_key(name: str) -> str | None:
     """The key in a file name of a states folder; None for a name that is not a state's."""
     key, dot, suffix = name.partition(".")
     return key if dot and suffix == "safetensors" and is_key(key) else None
+
+
+def checkpoint(key: str, position: int) -> str:
+    """A stage's training at a position in optimizer steps; the names sort by both."""
+    assert is_key(key) and 0 <= position < 10**12, (key, position)
+    return f"{CHECKPOINTS}/{key}.{position:012d}.safetensors"
+
+
+def parse_checkpoint(name: str) -> tuple[str, int] | None:
+    """(key, position), or None for a name that is no checkpoint's."""
+    match = _CHECKPOINT.fullmatch(name)
+    return (match[1], int(match[2])) if match else None
 
 
 def barrier(name: str) -> str:

@@ -29,14 +29,9 @@ class States:
         """The `__metadata__` that was saved with the state, no tensor read; None when the state is absent."""
         path = paths.state(key)
         try:
-            start = self.files.read_range(path, 0, _FIRST_READ)
-            size = len(start) if len(start) < _FIRST_READ else self.files.size(path)
-            needed = header_end(start)
-            if len(start) < needed <= size:
-                start += self.files.read_range(path, len(start), needed)
+            metadata = metadata_of(self.files, path)
         except FileNotFoundError:
             return None
-        metadata = _metadata(start, size)
         if metadata is None:
             self._set_aside(path)
         return metadata
@@ -81,6 +76,20 @@ class States:
 
     def _set_aside(self, path: str) -> None:
         self.files.set_aside(path, "is no whole safetensors file", lambda data: _metadata(data, len(data)) is None)
+
+
+def metadata_of(files: Files, path: str) -> dict[str, str] | None:
+    """The metadata of a safetensors file, no tensor read; None where it is no whole one.
+
+    Raises:
+        FileNotFoundError: it is absent.
+    """
+    start = files.read_range(path, 0, _FIRST_READ)
+    size = len(start) if len(start) < _FIRST_READ else files.size(path)
+    needed = header_end(start)
+    if len(start) < needed <= size:
+        start += files.read_range(path, len(start), needed)
+    return _metadata(start, size)
 
 
 def _metadata(data: bytes, size: int) -> dict[str, str] | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.store import paths
+from orchestrator.store.checkpoints import Checkpoints
 from orchestrator.store.files import Files
 from orchestrator.store.states import States
 
@@ -31,6 +32,7 @@ class Store:
     def __init__(self, url: str | os.PathLike[str]) -> None:
         self.files = Files(url)
         self.states = States(self.files)
+        self.checkpoints = Checkpoints(self.files)
         self.url = self.files.url
         self.name = self.files.name
 

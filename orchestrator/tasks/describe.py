@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from orchestrator.errors import InputError, TaskError
 from orchestrator.tasks.data import Batches, InMemory, Nested, Split, call, shape_of, tensors, transform
@@ -16,7 +17,8 @@ from orchestrator.tasks.info import Layer, TaskInfo
 if TYPE_CHECKING:
     from orchestrator.tasks.load import LoadedTask
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -53,6 +55,7 @@ def describe(loaded: LoadedTask) -> TaskInfo:
         valid_examples=len(loaded.valid),
         test_examples=0 if loaded.test is None else len(loaded.test),
         batches_per_epoch=batches,
+        norms=sum(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules()),
         metrics=tuple((metric, given.direction) for metric, given in loaded.metrics.items()),
         classes=loaded.classes,
         groups=tuple(loaded.task.groups),
@@ -79,8 +82,9 @@ def prunable_layers(loaded: LoadedTask, model: nn.Module) -> tuple[Layer, ...]:
     """
     given = loaded.task.prunable
     weights = _default_prunable(model) if given is None else set()
+    transposed = _transposed(model)
     layers = tuple(
-        Layer(name=name, shape=tuple(parameter.shape))
+        Layer(name=name, shape=tuple(parameter.shape), transposed=transposed.get(id(parameter), 0))
         for name, parameter in model.named_parameters()
         if (id(parameter) in weights if given is None else bool(given(name, parameter)))
     )
@@ -90,6 +94,17 @@ def prunable_layers(loaded: LoadedTask, model: nn.Module) -> tuple[Layer, ...]:
         )
         raise TaskError(f"there is nothing to prune in the model: {why}")
     return layers
+
+
+def _transposed(model: nn.Module) -> dict[int, int]:
+    """The weights that lie inputs first, by id, with the groups of their convolutions; not what others hold, too."""
+    held = [(module, parameter) for module in model.modules() for parameter in module.parameters(recurse=False)]
+    elsewhere = {id(parameter) for module, parameter in held if not isinstance(module, TRANSPOSED)}
+    return {
+        id(module.weight): module.groups
+        for module, parameter in held
+        if isinstance(module, TRANSPOSED) and parameter is module.weight and id(parameter) not in elsewhere
+    }
 
 
 def _default_prunable(model: nn.Module) -> set[int]:

@@ -14,6 +14,16 @@ class Layer:
 
     name: str
     shape: tuple[int, ...]
+    transposed: int = 0
+    """The groups of a transposed convolution, whose weight lies inputs first; 0 for all others."""
+
+    @property
+    def rows_first(self) -> tuple[int, ...]:
+        """The shape with the outputs first, as all but transposed convolutions have it: (out, in / groups, …)."""
+        if not self.transposed:
+            return self.shape
+        inputs, outputs, *kernel = self.shape
+        return (outputs * self.transposed, inputs // self.transposed, *kernel)
 
     @property
     def label(self) -> str:
@@ -37,16 +47,38 @@ def leaves(pattern: str, name: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Where the units of a group lie in a parameter.
+
+    Args:
+        tensor: its name.
+        dim: the dimension along which they lie, of `size` places.
+        role: what it is to the units, as in `structure.Slice`.
+        widths: how many of these places each unit has.
+        numel: all weights of the parameter.
+    """
+
+    tensor: str
+    dim: int
+    size: int
+    role: str
+    widths: tuple[int, ...]
+    numel: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class UnitCounts:
     """The units of one structure that can be removed.
 
     Args:
         groups: by group, how many of its units are made by which prunable tensors together.
         refused: (layer, reason) for layers that have none.
+        pieces: by group, where its units lie.
     """
 
     groups: Mapping[str, Mapping[tuple[str, ...], int]] = field(default_factory=dict)
     refused: tuple[tuple[str, str], ...] = ()
+    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +116,12 @@ class TaskInfo:
     """By structure, for those that the study names."""
     flops: Mapping[str, int] = field(default_factory=dict)
     """Operations of one forward pass by parameter, "" for those without one; only where the study has a budget."""
+    head_flops: Mapping[str, int] = field(default_factory=dict)
+    """Those of all heads of an attention, by the first parameter that makes them; likewise."""
+    norms: int | None = None
+    """How many batch normalisations keep running statistics; None where that is not known."""
+    lacks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By what criteria need, of which tensors it cannot be had and why; "" where of none. Only what the study needs."""
     others: Mapping[str, TaskInfo] = field(default_factory=dict)
     """The study's other tasks, by the names that it calls them."""
     ticket: GivenTicket | None = None

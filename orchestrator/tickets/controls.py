@@ -86,7 +86,7 @@ def layer_constant(weight: Tensor) -> Tensor:
 
 
 def _over(dense: State, masks: Mapping[str, Tensor]) -> State:
-    return replace(dense, masks=dict(masks)).masked()
+    return replace(dense, masks=dict(masks), remarks={}).masked()
 
 
 def _signed(ticket: State, ancestor: State, other: State, sizes: Mapping[str, Tensor]) -> State:

@@ -16,6 +16,7 @@ from torch import Tensor
 from orchestrator.errors import InputError
 from orchestrator.header import read_header
 from orchestrator.state import State, from_bytes, to_bytes
+from orchestrator.tasks.describe import hash_tensors
 
 KIND = "orchardist ticket 1"
 _UNSIGNED = "0" * 64
@@ -28,7 +29,8 @@ class Ticket:
     Args:
         masks: by tensor name, bool; True = kept.
         weights: that it starts from, in full coordinates, zero under the masks; None where only `recipe` tells.
-        recipe: JSON-ready: how the weights are made, such as the task, its parameters and the init seed.
+        recipe: JSON-ready: how the weights are made: the task, its parameters and digest, "init" with its seed and
+            whether it is fresh, the "steps" trained since, and "weights_sha256". Without weights all of it is needed.
         lineage: JSON-ready: the ops that found the masks, the first one first.
         position: optimizer steps since init of the weights.
     """
@@ -38,6 +40,13 @@ class Ticket:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     lineage: Sequence[Mapping[str, Any]] = ()
     position: int = 0
+
+
+def weights_sha256(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> str:
+    """A hash of the weights under the masks, by which weights that are made again are known to be the same."""
+    digest = hashlib.sha256()
+    hash_tensors(digest, "weights", dict(State(weights=weights, masks=masks).masked().weights))
+    return digest.hexdigest()
 
 
 def to_file_bytes(ticket: Ticket) -> bytes:

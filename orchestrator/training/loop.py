@@ -31,6 +31,10 @@ from orchestrator.training.narrowing import Narrowable, is_torchs, narrowed, onl
 Probe = Callable[[int, nn.Module], None]
 """Called with the position and the model in training at each step that is to be evaluated."""
 
+Watch = Callable[[int, Callable[[int], State]], None]
+"""Called after every step but the last with the position and with what gives the state there; it may raise to end the
+training. Whoever asks for the state must be done with it before returning: the training goes on in the same tensors."""
+
 Penalise = Callable[[Tensor, Tensor], None]
 """Adds a penalty's gradient at a weight, the first argument, to the second in place."""
 
@@ -51,6 +55,7 @@ def train(
     prunable: Sequence[str] = (),
     probe: Probe | None = None,
     probe_every: int = 0,
+    watch: Watch | None = None,
 ) -> State:
     """Train `state` on until position `op.to`.
 
@@ -70,6 +75,7 @@ def train(
         silent: for each input feature whether it is zero in all of `data`; None where that is not known.
         prunable: names of the tensors that the recipe's penalty shrinks and of which it gathers statistics.
         probe: is shown the whole model every `probe_every` steps.
+        watch: is asked after every step.
 
     Raises:
         NotFinite: the loss or a weight became NaN or infinite; a gradient that is so at a masked weight counts too.
@@ -93,6 +99,23 @@ def train(
         slots = _slots(optimizer, names, parameters, state, columns)
         penalties = _penalties(recipe, model, names, parameters, state, prunable)
         moved = _movements(recipe, names, parameters, state, columns, prunable)
+
+        def reached(position: int) -> State:
+            weights = of_model(model)
+            found = State(
+                weights=weights,
+                masks=state.masks,
+                optimizer=_moments(optimizer, names, parameters, slots, columns, state),
+                position=position,
+                gathered=_gathered(recipe, names, moved, columns, state, prunable),
+            ).masked()
+            _check(weights, found, state)
+            return found
+
+        def reached_so_far(position: int) -> State:
+            with narrow.whole():
+                return reached(position)
+
         for position, batch in _batches(op, data, state.position, steps_per_epoch, device, draws):
             loss = loss_of(model, batch, task)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -108,12 +131,9 @@ def train(
             if probe is not None and probe_every and done % probe_every == 0:
                 with narrow.whole():
                     probe(done, model)
-        moments = _moments(optimizer, names, parameters, slots, columns, state)
-        gathered = _gathered(recipe, names, moved, columns, state, prunable)
-    weights = of_model(model)
-    trained = State(weights=weights, masks=state.masks, optimizer=moments, position=op.to, gathered=gathered).masked()
-    _check(weights, trained, state)
-    return trained
+            if watch is not None and done < op.to:
+                watch(done, reached_so_far)
+    return reached(op.to)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

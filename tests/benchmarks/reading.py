@@ -1,20 +1,33 @@
-"""The front of a large ledger: seconds for `front` beyond start-up, beside the bare scan and a numpy sort, as JSON."""
+"""Questions to a large ledger, as JSON: seconds beyond start-up for `front`, for finding what `fetch` is to take home by
+bounds and by key, and for `responsible` (the models that it runs included), beside the bare scan and a numpy sort.
+"""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
+import resource
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from orchestrator import Study, StudySpec
 from orchestrator.outcome import DENSE_TRIAL, OUTCOME_COLUMNS
+from orchestrator.retrieve import meant
+from orchestrator.stages import Stages
+from orchestrator.state import State, of_model, to_bytes
 from orchestrator.store.store import Store
+from orchestrator.tasks.load import load
+from orchestrator.tasks.source import collect
 
 ROUNDS = 5
+ASKED = (["accuracy >= dense - 0.1", "sparsity >= 0.5"], "bytes")
+"""Bounds, and what is to be the least of."""
 
 
 def fill(store: Store, rows: int) -> None:
@@ -24,13 +37,14 @@ def fill(store: Store, rows: int) -> None:
     store.write_study("large", spec.to_toml(), {"digest": spec.digest(), "objectives": names})
     rng = np.random.default_rng(0)
     ledger = store.ledger("large", 1)
+    task = load(collect("mnist", Path()), {}).info.digest
     for begin in range(0, rows, 50_000):
-        ledger.append("outcomes", [_row(index, rng) for index in range(begin, min(begin + 50_000, rows))])
+        ledger.append("outcomes", [_row(index, rng, task) for index in range(begin, min(begin + 50_000, rows))])
         ledger.flush()
     ledger.compact()
 
 
-def _row(index: int, rng: np.random.Generator) -> dict[str, object]:
+def _row(index: int, rng: np.random.Generator, task: str) -> dict[str, object]:
     sparsity = float(rng.random())
     accuracy = round(500 * (0.98 - 0.2 * sparsity**4 - 0.05 * float(rng.random()))) / 500  # of 500 validation rows
     measures = {name: accuracy for name, kind in OUTCOME_COLUMNS.items() if kind == "float"}
@@ -49,11 +63,25 @@ def _row(index: int, rng: np.random.Generator) -> dict[str, object]:
             "test_class_accuracy": [accuracy] * 10,
             "layers": {"fc1.weight": [int(235200 * (1 - sparsity)), 235200]},
             "metrics": {},
-            "task_digest": "0" * 64,
+            "task_digest": task,
             "device": "cpu",
             "versions": {"torch": "2.13.0"},
         }
     )
+
+
+def write_models(study: Study, keys: Sequence[str]) -> None:
+    """States for the keys, to be run: the dense network with nothing pruned."""
+    model = Stages(load(collect("mnist", Path()), {})).model()
+    for key in keys:
+        study.store.states.commit(key, to_bytes(State(weights=of_model(model)), {"lineage": "[]"}))
+
+
+def timed(what: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds, and what it gave."""
+    began = time.perf_counter()
+    found = what()
+    return time.perf_counter() - began, found
 
 
 def main() -> None:
@@ -65,16 +93,23 @@ def main() -> None:
         fill(Store(folder), options.rows)
         study = Study.open(folder, "large")
         study.store.table("large", "outcomes", ["trial"])  # start-up: pyarrow is imported
-        began = time.perf_counter()
-        table = study.store.table("large", "outcomes", ["accuracy", "sparsity"])
-        scan = time.perf_counter() - began
-        began = time.perf_counter()
-        np.lexsort((np.asarray(table["sparsity"]), np.asarray(table["accuracy"])))
-        sort = time.perf_counter() - began
-        began = time.perf_counter()
-        points = study.front().points
-        front = time.perf_counter() - began
-    found = {"rows": options.rows, "front_s": front, "scan_s": scan, "sort_s": sort, "points": len(points)}
+        scan, table = timed(lambda: study.store.table("large", "outcomes", ["accuracy", "sparsity"]))
+        sort, _ = timed(lambda: np.lexsort((np.asarray(table["sparsity"]), np.asarray(table["accuracy"]))))
+        front, points = timed(lambda: study.front())
+        by_bounds, chosen = timed(lambda: meant(study, None, *ASKED))
+        by_key, again = timed(lambda: meant(study, chosen["key"][:12], [], None))
+        assert again["key"] == chosen["key"] and points.knee is not None and points.dense is not None
+        knee = points.points[points.knee]["key"]
+        write_models(study, [chosen["key"], knee, points.dense["key"]])
+        study.responsible(knee)  # start-up: scipy and statsmodels are imported
+        one, _ = timed(lambda: study.responsible(where=ASKED[0], minimise=ASKED[1]))
+        every, account = timed(lambda: study.responsible())
+    found = {
+        **{"rows": options.rows, "front_s": front, "scan_s": scan, "sort_s": sort, "points": len(points.points)},
+        **{"fetch_by_bounds_s": by_bounds, "fetch_by_key_s": by_key},
+        **{"responsible_one_s": one, "responsible_s": every, "responsible_rows": len(account["rows"])},
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
     print(json.dumps({name: round(value, 3) for name, value in found.items()}))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,27 @@ def trouble_is_a_value_and_the_pool_goes_on(pool: Pool, folder: Path) -> None:
         assert not any(isinstance(event, Failed) for event in until_ended(pool))
 
 
+def a_training_that_takes_too_long_is_ended_and_goes_on_from_its_checkpoint(pool: Pool, folder: Path) -> None:
+    given = replace(job(folder), checkpoint_minutes=1e-9)
+    info = pool.prepare(replace(given, timeout_seconds=0.05))
+    (long,) = segments(info, epochs=60)
+    pool.submit(long)
+    failed, end = until_ended(pool)
+    assert isinstance(failed, Failed) and isinstance(end, Ended)
+    assert (failed.kind, failed.segment, failed.key) == ("timed out", long.number, reported_keys(long)[0])
+    assert "takes longer than timeout_seconds = 0.05" in failed.message
+    checkpoints = Store(folder / "store").checkpoints
+    reached = checkpoints.positions()[failed.key]
+    assert reached > 0
+    pool.prepare(given)
+    pool.submit(replace(long, steps=tuple(replace(step, begun=step.key == failed.key) for step in long.steps)))
+    first, *_, end = until_ended(pool)
+    assert isinstance(first, Reported) and isinstance(end, Ended)
+    assert (first.key, first.checkpoint) == (failed.key, reached)
+    assert first.steps == next(step.steps for step in long.steps if step.key == failed.key) - reached
+    assert not checkpoints.positions(), "what is done needs none"
+
+
 def prepare_refuses_what_is_wrong(pool: Pool, folder: Path) -> None:
     right = job(folder)
     fields = vars(right)
@@ -148,5 +170,6 @@ POOL_CHECKS: Sequence[Callable[[Pool, Path], None]] = (
     several_segments_end_once_each,
     a_state_that_is_there_is_measured_and_not_made_again,
     trouble_is_a_value_and_the_pool_goes_on,
+    a_training_that_takes_too_long_is_ended_and_goes_on_from_its_checkpoint,
     prepare_refuses_what_is_wrong,
 )

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator import Study
 from orchestrator.cli import main
+from orchestrator.pools.local import LocalPool
 from tests.orchestrator.pools import small
+from tests.orchestrator.test_retrieve import ODD
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = """
@@ -75,6 +78,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like `place` in which the study has run."""
+    folder = small.write_task(tmp_path_factory.mktemp("finished"))
+    (folder / "study.toml").write_text(STUDY)
+    Study.load(folder / "study.toml", folder / "orchard").run(LocalPool())
+    return folder
+
+
 def test_from_a_study_file_to_a_model(place: Path, shell: Shell) -> None:
     done = shell("run", "study.toml", "--local")
     assert done.code == 0
@@ -132,6 +144,17 @@ def test_where_and_minimise(place: Path, shell: Shell) -> None:
     assert thin["sparsity"] <= min(point["sparsity"] for point in every)
 
 
+def test_a_table_has_intervals_over_seeds_what_was_asked_for_and_the_hypervolume(place: Path, shell: Shell) -> None:
+    (place / "study.toml").write_text(STUDY.replace("trials = 4", "trials = 4\nseeds = [0, 1, 2]"))
+    shell("run", "study.toml", "--local")
+    done = shell("front", "small", "--where", "loss <= 100", "--where", "worst_class_accuracy >= 0")
+    header = done.out.splitlines()[0].split()
+    assert {"loss", "worst_class_accuracy", "test_worst_class_accuracy"} <= set(header) and " ± " in done.out
+    assert done.out.splitlines()[-1].startswith("hypervolume ") and "from accuracy 0.0000" in done.out
+    assert "±" not in shell("front", "small", "--format", "csv").out
+    assert "bytes" in shell("front", "small", "--minimise", "bytes").out.splitlines()[0]
+
+
 def test_one_front_over_two_studies(place: Path, shell: Shell) -> None:
     (place / "other.toml").write_text(STUDY.replace('name = "small"', 'name = "other"'))
     for file in ("study.toml", "other.toml"):
@@ -172,6 +195,16 @@ def test_a_model_is_fetched_as_a_graph_and_measured_again(place: Path, shell: Sh
     assert done.code == 2 and "its hash differs from the card's" in done.err
 
 
+def test_a_format_that_cannot_be_written_is_named_and_the_others_are_there(place: Path, shell: Shell) -> None:
+    odd = small.TASK.replace("return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))", "return Odd()") + ODD
+    (place / "my_task.py").write_text(odd)
+    shell("run", "study.toml", "--local")
+    done = shell("fetch", "small", "-o", "out", "--format", "safetensors,pt2,onnx")
+    assert done.code == 0 and (place / "out" / "model.pt2").exists() and not (place / "out" / "model.onnx").exists()
+    (line,) = [line for line in done.err.splitlines() if line.startswith("not written as onnx: ")]
+    assert "linalg_eig" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -194,11 +227,21 @@ def test_a_model_is_fetched_as_a_graph_and_measured_again(place: Path, shell: Sh
         (["run", "study.toml", "--local", "--workers", "2"], "--local runs in this process"),
         (["run", "study.toml", "--store", "memory://x"], "memory lives in one process"),
         (["check"], "check wants a STUDY file"),
+        (["responsible", "small", "0123456789"], "no pruned state '0123456789'"),
+        (["responsible", "small", "--where", "beauty > 1"], "unknown measure 'beauty'"),
+        (["responsible", "small", "0", "--where", "accuracy > 0"], "a KEY names one model"),
+        (["fetch", "small", "--where", "accuracy > 1", "-o", "out"], "the nearest"),
+        (["fetch", "small", "--where", "latency_ms < 2", "-o", "out"], "'latency_ms' was not measured"),
+        (["fetch", "small", "0123456789", "--ticket", "-o", "out"], "no state '0123456789'"),
+        (["techniques", "smell"], "unknown study 'smell'; did you mean 'small'?"),
+        (["report", "smell", "-o", "out.html"], "unknown study 'smell'"),
         (["list", "beauties"], "beauties"),
     ],
 )
-def test_wrong_arguments(arguments: Sequence[str], complaint: str, place: Path, shell: Shell) -> None:
-    shell("run", "study.toml", "--local")
+def test_wrong_arguments(
+    arguments: Sequence[str], complaint: str, finished: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)
     done = shell(*arguments)
     assert done.code == 2 and done.out == ""
     assert complaint in done.err and len(done.err.splitlines()) <= 2

@@ -57,7 +57,25 @@ def test_pictures_are_listed_on_stderr_and_json_stays_alone_on_stdout(shell: She
     assert any(line.startswith("not drawn: steps.png: ") for line in done.err.splitlines())
 
 
+def test_agreement_has_a_table_of_its_own_and_a_place_in_the_document(shell: Shell, store: str) -> None:
+    done = shell("tickets", "small", "--store", store, "--agreement")
+    assert "Agreement of masks, beside chance:" in done.out and "There are no masks to compare" in done.out
+    assert shell.json("tickets", "small", "--store", store, "--agreement")["agreement"]["sets"] == []
+    assert "agreement" not in shell.json("tickets", "small", "--store", store)
+
+
+def test_a_ticket_may_be_fetched_with_a_recipe_for_its_weights(shell: Shell, store: str, tmp_path: Path) -> None:
+    sizes = []
+    for more in ([], ["--recipe"]):
+        done = shell("fetch", "small", "-o", str(tmp_path), "--ticket", *more, "--store", store)
+        assert done.code == 0, done.err
+        sizes.append((tmp_path / "ticket.safetensors").stat().st_size)
+    assert sizes[1] < sizes[0]
+    done = shell("fetch", "small", "-o", str(tmp_path), "--recipe", "--store", store)
+    assert done.code == 2 and "--recipe is of a ticket: legal with --ticket" in done.err
+
+
 def test_csv_is_one_table(shell: Shell, store: str) -> None:
-    for option in ("--structure", "--stability"):
+    for option in ("--structure", "--agreement", "--stability"):
         done = shell("tickets", "small", "--store", store, option, "--format", "csv")
-        assert done.code == 2 and "legal with --structure, --stability: table, json" in done.err
+        assert done.code == 2 and "legal with --structure, --agreement, --stability: table, json" in done.err

@@ -38,6 +38,16 @@ def test_the_past_is_read_from_proposals_and_events() -> None:
     )
 
 
+def test_what_tickets_are_compared_with_is_known_by_trial() -> None:
+    store = Store(f"memory://{uuid4().hex}")
+    moved = [{"key": "moved", "controls": [{"key": "there"}]}]
+    tickets = [{"controls": [{"key": "a"}, {"key": "b"}], "transfers": moved}, {"controls": [{"key": "a"}]}]
+    ledger = store.ledger("s", 1)
+    ledger.append("events", [{"event": "tickets", "trial": 2, "detail": {"params": {}, "tickets": tickets}}])
+    ledger.flush()
+    assert history.read(store, "s").compared == {2: {"a", "b", "moved", "there"}}
+
+
 def test_measures_come_in_the_order_that_was_asked_for() -> None:
     store = Store(f"memory://{uuid4().hex}")
     ledger = store.ledger("s", 1)

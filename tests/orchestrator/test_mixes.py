@@ -171,6 +171,14 @@ def test_a_users_criterion_with_what_it_needs(user_criterion: str) -> None:
         ({}, {"criterion": "synflow", "rate": 0.5, "phase": "before"}, []),
         ({}, {"rate": 0.5, "rounds": 2, "retrain": "none"}, ["several rounds without retraining between them"]),
         ({"recalibrate": 64}, {"rate": 0.5, "rounds": 2, "retrain": "none"}, []),
+        ({}, {"criterion": "lamp", "rate": 0.5}, ["criterion 'lamp' compares layers: in scope 'layer' it ranks as"]),
+        (
+            {},
+            {"criterion": "lamp", "structure": "2:4", "scope": "row"},
+            ["in scope 'row' it ranks as 'magnitude' does"],
+        ),
+        ({}, {"criterion": "lamp", "rate": 0.5, "scope": "global"}, []),
+        ({}, {"criterion": "lamp", "rate": 0.5, "structure": "filter"}, []),
     ],
 )
 def test_legal_but_hardly_meant(prune: dict[str, Any], params: dict[str, Any], said: list[str]) -> None:

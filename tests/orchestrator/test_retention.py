@@ -204,7 +204,7 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert call(["gc", "small", "--store", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"removed {said}" and len(there(study)) == counted.kept
     assert call(["gc", "small", "--store", str(tmp_path), "--format", "json"]) == 0
-    found = {"study": "small", "removed": True, "states": 0, "bytes": 0, "kept": counted.kept}
+    found = {"study": "small", "removed": True, "states": 0, "bytes": 0, "kept": counted.kept, "checkpoints": 0}
     assert json.loads(capsys.readouterr().out) == [found]
     assert call(["gc", "smal", "--store", str(tmp_path)]) == 2
     assert "did you mean 'small'?" in capsys.readouterr().err

@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +16,7 @@ from orchestrator.errors import InputError, QueryError
 from orchestrator.export import pt2
 from orchestrator.measures.accuracy import evaluate
 from orchestrator.pools.local import LocalPool
+from orchestrator.store.ledger import Outcomes
 from orchestrator.tasks.load import load as load_task
 from orchestrator.tasks.source import collect
 from tests.orchestrator.pools import small
@@ -181,10 +182,12 @@ def test_folders_that_cannot_be_written(study: Study, tmp_path: Path, monkeypatc
 
 def test_a_card_is_json_whatever_was_measured(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point = study.front().points[0]
-    rows = study.table().to_pylist()
-    for row in rows:
-        row |= {"loss": float("nan"), "compression_ratio": float("inf")}
-    monkeypatch.setattr(study, "table", lambda: pa.Table.from_pylist(rows))
+    read = Outcomes.rows
+
+    def spoilt(outcomes: Outcomes, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[Any]:
+        return [row | {"loss": float("nan"), "compression_ratio": float("inf")} for row in read(outcomes, indices)]
+
+    monkeypatch.setattr(Outcomes, "rows", spoilt)
     text = (study.fetch(point["key"], tmp_path / "out") / "card.json").read_text()
     measures = json.loads(text, parse_constant=lambda name: pytest.fail(name))["measures"]
     assert measures["loss"] is None and measures["compression_ratio"] is None

@@ -204,6 +204,7 @@ def test_defaults_are_what_they_were() -> None:
         "phase": "after",
         "retrain": "finetune",
         "rewind_epoch": 0,
+        "fold": False,
         "norm": "",
         "regrow": "none",
         "regrow_fraction": 0.3,

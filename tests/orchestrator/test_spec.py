@@ -364,7 +364,7 @@ def test_the_digest_leaves_out_how_far_a_study_is_run() -> None:
         *[("name", "b"), ("task", "mnist"), ("seeds", [1]), ("objectives", ["loss"]), ("sampler", "random")],
         *[("sampler_seed", 1), ("task_params", {"size": 28}), ("train", {"lr": 0.1}), ("prune", {"ignore": ["a"]})],
         *[("space", {"rate": 0.2}), ("constraints", {"loss": "<= 1"}), ("checkpoint", "w.pt")],
-        ("tickets", {"draws": 2}),
+        *[("tickets", {"draws": 2}), ("warm_start", ["before"])],
     ],
 )
 def test_everything_else_is_in_the_digest(name: str, value: object) -> None:
@@ -380,7 +380,13 @@ def test_the_order_of_the_space_is_in_the_digest() -> None:
 
 def test_those_are_all_the_fields() -> None:
     marks = getattr(test_everything_else_is_in_the_digest, "pytestmark")  # noqa: B009 - unknown to type checkers
-    assert {name for name, _ in marks[0].args[1]} | {"trials", "enqueue", "keep"} == set(StudySpec.model_fields)
+    assert {name for name, _ in marks[0].args[1]} | {
+        "trials",
+        "enqueue",
+        "keep",
+        "checkpoint_minutes",
+        "timeout_seconds",
+    } == set(StudySpec.model_fields)
 
 
 def test_what_is_said_at_its_default_changes_nothing() -> None:

@@ -16,7 +16,7 @@ from orchestrator.stages import Stages
 from orchestrator.state import State, from_bytes
 from orchestrator.tasks.load import load
 from orchestrator.tasks.source import collect
-from orchestrator.tickets.ticket_file import Ticket, to_file_bytes
+from orchestrator.tickets.ticket_file import Ticket, to_file_bytes, weights_sha256
 
 if TYPE_CHECKING:
     from orchestrator.study import Study
@@ -25,7 +25,13 @@ TICKET = "ticket.safetensors"
 
 
 def fetch_ticket(
-    study: Study, key: str | None, folder: Path, *, where: Sequence[str] = (), minimise: str | None = None
+    study: Study,
+    key: str | None,
+    folder: Path,
+    *,
+    where: Sequence[str] = (),
+    minimise: str | None = None,
+    recipe: bool = False,
 ) -> Path:
     """Write one ticket of a study into `folder` as `ticket.safetensors`; returns the file.
 
@@ -35,35 +41,43 @@ def fetch_ticket(
         folder: is made where there is none.
         where: bounds for choosing from the front.
         minimise: the measure to choose by.
+        recipe: write how the weights are made in the place of the weights.
 
     Raises:
-        QueryError: no such state, it is no ticket, or nothing keeps the bounds.
+        QueryError: no such state, it is no ticket, nothing keeps the bounds, or no recipe makes the weights again.
         InputError: `folder` cannot be written.
     """
     refuse_folder(folder)
-    content = ticket_file(study, meant(study, key, where, minimise))
+    content = ticket_file(study, meant(study, key, where, minimise), recipe=recipe)
     artefact.write(folder / TICKET, content)
     return folder / TICKET
 
 
-def ticket_file(study: Study, row: Mapping[str, Any]) -> bytes:
+def ticket_file(study: Study, row: Mapping[str, Any], *, recipe: bool = False) -> bytes:
     """The ticket behind an outcome: its masks over the weights that it was trained from, how they were made, lineage.
 
     Args:
         study: an opened study.
         row: the outcome of the trained ticket.
+        recipe: leave the weights out, which a model of the same task has again under the same init seed.
 
     Raises:
-        QueryError: the outcome is no ticket's, or its starting weights are gone.
+        QueryError: the outcome is no ticket's, its starting weights are gone, or they were trained and are left out.
     """
     record = _record(study, row["key"])
     data = study.state(row)
     lineage = json.loads(read_header(data)["lineage"])
     made = next(entry for entry in lineage if entry["op"] == "Init" and "task" not in entry)
     ancestor = _ancestor(study, record["ancestor"], made)
+    if recipe and ancestor.position:
+        raise QueryError(
+            f"the ticket {row['key'][:12]} starts from weights that were trained for {ancestor.position} steps, which "
+            "a recipe does not make again; legal: without --recipe"
+        )
+    masks = from_bytes(data).masks
     ticket = Ticket(
-        masks=from_bytes(data).masks,
-        weights=ancestor.weights,
+        masks=masks,
+        weights=None if recipe else ancestor.weights,
         position=ancestor.position,
         recipe={
             "study": study.spec.name,
@@ -72,6 +86,7 @@ def ticket_file(study: Study, row: Mapping[str, Any]) -> bytes:
             "task_digest": row["task_digest"],
             "init": {"seed": made["seed"], "fresh": made.get("fresh", False)},
             "steps": ancestor.position,
+            "weights_sha256": weights_sha256(ancestor.weights, masks),
         },
         lineage=lineage[:-1],
     )

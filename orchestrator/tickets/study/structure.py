@@ -233,7 +233,12 @@ def _told(what: str, found: Mapping[str, float | None]) -> dict[str, str]:
     return {
         what: f"{found['value']:.3f}",
         f"{what} by chance": f"{found['chance']:.3f}",
-        f"z of {what}": "-" if z is None else f"{z:+.1f}" if abs(z) < MOST_TOLD else f"beyond {MOST_TOLD}",
+        # A z of -0.0 is one that rounds to 0.
+        f"z of {what}": "-"
+        if z is None
+        else f"{round(z, 1) or 0.0:+.1f}"
+        if abs(z) < MOST_TOLD
+        else f"beyond {MOST_TOLD}",
     }
 
 

@@ -39,6 +39,10 @@ CLAIMS = {
     "too few": "too few seeds to say against",
 }
 
+UNKNOWN = "nothing is recorded of it"
+SPEED = ("steps to best", "sooner by", "speed")
+"""The columns of learning speed."""
+
 Rows = Mapping[str, Mapping[str, Any]]
 
 
@@ -52,6 +56,7 @@ class Found:
         tickets: by seed, as the driver recorded them.
         rows: the outcomes of its trained states by seed.
         controls: the outcomes of each control's trained states by kind and seed, one for each draw.
+        failed: what has no outcome, by the control's kind or the other task's name: the reasons by seed.
         task: where it was trained: the name of another task, or the study's own.
         transfers: what became of it on other tasks, by their names.
     """
@@ -62,6 +67,7 @@ class Found:
     tickets: Mapping[int, Mapping[str, Any]]
     rows: Mapping[int, Mapping[str, Any]]
     controls: Mapping[str, Mapping[int, Sequence[Mapping[str, Any]]]]
+    failed: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     task: str = ""
     transfers: Mapping[str, Found] = field(default_factory=dict)
 
@@ -86,13 +92,13 @@ def ticket_table(study: Study, *, structure: bool = True) -> dict[str, Any]:
             f"the study {study.spec.name!r} has no ticket yet: a ticket is a finished trial with retrain = 'rewind' or "
             "phase = 'before'"
         )
-    tested, examples = _split(study)
+    tested, examples = compared_on(study)
     if any(row[tested] is None for ticket in found for row in ticket.rows.values()):
         raise QueryError(f"tickets are compared by accuracy, which the task {study.spec.task!r} does not measure")
     pairs: list[tuple[int, str, str, Pair]] = []
     everywhere = [each for ticket in found for each in (ticket, *ticket.transfers.values())]
     for place, ticket in enumerate(everywhere):
-        measure, count = _split(study, ticket.task)
+        measure, count = compared_on(study, ticket.task)
         for kind in ticket.controls:
             pairs.append((place, kind, "accuracy", _pair(ticket, kind, measure, verdict.ACCURACY, count)))
             speed = _speed(ticket, kind, study.spec.train.evaluate_every)
@@ -112,7 +118,13 @@ def ticket_table(study: Study, *, structure: bool = True) -> dict[str, Any]:
     if structure:
         for told, each in zip(described, _structures(study, found), strict=True):
             told["structure"] = each
-    return {"study": study.spec.name, "compared_on": tested, "examples": examples, "tickets": described}
+    return {
+        "study": study.spec.name,
+        "compared_on": tested,
+        "examples": examples,
+        "comparisons": len(pairs),
+        "tickets": described,
+    }
 
 
 def rows(document: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -124,13 +136,46 @@ def rows(document: Mapping[str, Any]) -> list[dict[str, str]]:
     told = []
     for ticket in document["tickets"]:
         told.append(_row_of_ticket(ticket, document["compared_on"], speed=speed))
-        for kind, control in ticket["controls"].items():
-            told.append(_row_of_control(kind, control, document["compared_on"], speed=speed))
+        told += _rows_against(ticket, document["compared_on"], speed=speed)
         for moved in ticket["transfers"]:
             told.append(_row_of_transfer(moved, speed=speed))
-            for kind, control in moved["controls"].items():
-                told.append(_row_of_control(kind, control, moved["compared_on"], speed=speed))
+            told += _rows_against(moved, moved["compared_on"], speed=speed)
     return told
+
+
+def says(document: Mapping[str, Any]) -> list[str]:
+    """What may be claimed of each ticket that was compared with anything, a line for each; then how to read it."""
+    tickets = document["tickets"]
+    everywhere = [each for ticket in tickets for each in (ticket, *ticket["transfers"])]
+    lines = [f"{each['key'][:12]}: {each['says']}" for each in everywhere if each["says"]]
+    if any(each["failed"] for each in everywhere):
+        lines.append("What failed is tried again when the study is run again.")
+    if not document["comparisons"]:
+        return [*lines, "The tickets were compared with nothing: [tickets] controls says with what."]
+    seeds = sorted({each["n"] for each in everywhere if each["controls"]})
+    if seeds[-1] > 1:
+        many = " or ".join(map(str, seeds))
+        lines.append(f"± is half the width of a 95 % interval over {many} seeds.{_together(document)}")
+    if not all(ticket["controls"] or ticket["failed"] for ticket in tickets):
+        lines.append("Tickets of other rounds were compared with nothing: [tickets] rounds says which are.")
+    return lines
+
+
+def _together(document: Mapping[str, Any]) -> str:
+    count = document["comparisons"]
+    enough = "for which an interval without zero may not be enough"
+    return f" Claims hold for all {count} comparisons together, {enough}." if count > 1 else ""
+
+
+def _rows_against(ticket: Mapping[str, Any], measure: str, *, speed: bool) -> Iterator[dict[str, str]]:
+    """What a ticket was compared with, and what it could not be."""
+    for kind, control in ticket["controls"].items():
+        yield _row_of_control(kind, control, measure, speed=speed)
+    columns = ("ticket", "trial", "round", "sparsity", "against", measure, "ticket leads by", "claim")
+    for kind, reasons in ticket["failed"].items():
+        seeds = f"seed{'s' if len(reasons) > 1 else ''} {', '.join(reasons)}"
+        told = {"against": kind, "claim": f"failed under {seeds}: {'; '.join(dict.fromkeys(reasons.values()))}"}
+        yield dict.fromkeys((*columns, *(SPEED if speed else ())), "") | told
 
 
 def _row_of_ticket(ticket: Mapping[str, Any], measure: str, *, speed: bool) -> dict[str, str]:
@@ -138,7 +183,6 @@ def _row_of_ticket(ticket: Mapping[str, Any], measure: str, *, speed: bool) -> d
     agree = f", searches agree {overlap['jaccard']:.2f} (chance {overlap['chance']:.2f})" if overlap else ""
     mended = sum(ticket["repaired"].values())
     repaired = f", {mended} weights put back where a layer was cut off" if mended else ""
-    trainings = "1 training" if ticket["trainings"] == 1 else f"{ticket['trainings']} trainings"
     steps = {"steps to best": _count(ticket["steps_to_best"]), "sooner by": "", "speed": ""} if speed else {}
     return {
         "ticket": ticket["key"][:12],
@@ -148,9 +192,22 @@ def _row_of_ticket(ticket: Mapping[str, Any], measure: str, *, speed: bool) -> d
         "against": f"({ticket['rule']})",
         measure: f"{ticket[measure]:.4f}",
         "ticket leads by": "",
-        "claim": f"found in {trainings}, {ticket['depth']} of them in a row{agree}{repaired}",
+        "claim": f"{_effort(ticket)}{agree}{repaired}",
         **steps,
     }
+
+
+def _effort(ticket: Mapping[str, Any]) -> str:
+    """What it took to find a ticket: no number of workers shortens the trainings that follow one another."""
+    trainings, depth = ticket["trainings"], ticket["depth"]
+    if ticket["rule"] == "from a file":
+        return "found elsewhere"
+    if not trainings:
+        return "found without training"
+    if trainings == 1:
+        return "found in 1 training"
+    order = {1: "side by side", trainings: "one after another"}.get(depth, f"{depth} of them in a row")
+    return f"found in {trainings} trainings, {order}"
 
 
 def _row_of_transfer(moved: Mapping[str, Any], *, speed: bool) -> dict[str, str]:
@@ -194,13 +251,16 @@ def _count(value: float | None) -> str:
 def read(study: Study) -> Iterator[Found]:
     """The study's tickets of which every seed is there, by trial and round.
 
-    Equal ones come once, under the first trial, with the controls that any of their trials ran.
+    Equal ones come once, under the first trial, with the controls and the other tasks of all their trials.
     """
     rows = {row["key"]: row for row in study.table().to_pylist()}
     events: dict[int, dict[str, Any]] = {}
+    reasons: dict[str, str] = {}
     for row in study.store.table(study.spec.name, "events").to_pylist():
         if row["event"] == "tickets":
             events[row["trial"]] = json.loads(row["detail"])
+        elif row["event"] == "control failed":
+            reasons[row["key"]] = json.loads(row["detail"])["reason"]
     found: dict[tuple[str, ...], tuple[int, dict[str, Any], dict[int, dict[str, Any]]]] = {}
     for trial, detail in sorted(events.items()):
         by_round: dict[int, dict[int, dict[str, Any]]] = {}
@@ -210,43 +270,63 @@ def read(study: Study) -> Iterator[Found]:
             keys = tuple(tickets[seed]["key"] for seed in sorted(tickets))
             _, _, known = found.setdefault(keys, (trial, detail["params"], tickets))
             for seed, ticket in tickets.items():
-                more = [control for control in ticket["controls"] if control not in known[seed]["controls"]]
-                known[seed]["controls"] += more
+                _add_to(known[seed], ticket)
     for keys, (trial, params, tickets) in found.items():
         if all(key in rows for key in keys):
+            first = next(iter(tickets.values()))
+            moved, failed = _transfers(trial, params, tickets, rows, reasons)
             yield Found(
                 trial=trial,
                 params=params,
-                round=next(iter(tickets.values()))["round"],
+                round=first["round"],
                 tickets=tickets,
                 rows={seed: rows[ticket["key"]] for seed, ticket in tickets.items()},
                 controls=dict(_controls(tickets, rows)),
-                transfers=dict(_transfers(trial, params, tickets, rows)),
+                failed=_failed(tickets, rows, reasons) | failed,
+                transfers=moved,
             )
 
 
+def _add_to(known: dict[str, Any], ticket: Mapping[str, Any]) -> None:
+    """Add the controls and the other tasks of an equal ticket that another trial recorded."""
+    known["controls"] += [control for control in ticket["controls"] if control not in known["controls"]]
+    elsewhere = {moved["task"]: moved for moved in known.setdefault("transfers", [])}
+    for moved in ticket.get("transfers", ()):
+        if moved["task"] not in elsewhere:
+            known["transfers"] = [*known["transfers"], moved]
+        elif moved is not elsewhere[moved["task"]]:
+            _add_to(elsewhere[moved["task"]], moved)
+
+
 def _transfers(
-    trial: int, params: Mapping[str, Any], tickets: Mapping[int, Mapping[str, Any]], rows: Rows
-) -> Iterator[tuple[str, Found]]:
-    """The tasks on which every seed's ticket was tried, with what came of it."""
+    trial: int,
+    params: Mapping[str, Any],
+    tickets: Mapping[int, Mapping[str, Any]],
+    rows: Rows,
+    reasons: Mapping[str, str],
+) -> tuple[dict[str, Found], dict[str, dict[int, str]]]:
+    """The tasks on which every seed's ticket was tried, with what came of it; and those where it failed, with why."""
     by_task: dict[str, dict[int, Mapping[str, Any]]] = {}
     for seed, ticket in tickets.items():
         for moved in ticket.get("transfers", ()):
             by_task.setdefault(moved["task"], {})[seed] = moved
+    tried, failed = {}, {}
     for task, there in by_task.items():
-        if there.keys() == tickets.keys() and all(moved["key"] in rows for moved in there.values()):
-            yield (
-                task,
-                Found(
-                    trial=trial,
-                    params=params,
-                    round=next(iter(tickets.values()))["round"],
-                    tickets=there,
-                    rows={seed: rows[moved["key"]] for seed, moved in there.items()},
-                    controls=dict(_controls(there, rows)),
-                    task=task,
-                ),
+        lacking = {seed: moved["key"] for seed, moved in there.items() if moved["key"] not in rows}
+        if lacking:
+            failed[f"(on {task})"] = {seed: reasons.get(key, UNKNOWN) for seed, key in lacking.items()}
+        elif there.keys() == tickets.keys():
+            tried[task] = Found(
+                trial=trial,
+                params=params,
+                round=next(iter(tickets.values()))["round"],
+                tickets=there,
+                rows={seed: rows[moved["key"]] for seed, moved in there.items()},
+                controls=dict(_controls(there, rows)),
+                failed=_failed(there, rows, reasons),
+                task=task,
             )
+    return tried, failed
 
 
 def _controls(
@@ -264,8 +344,20 @@ def _controls(
             yield kind, drawn
 
 
-def _split(study: Study, task: str = "") -> tuple[str, int]:
-    """The measure that tickets are compared by on a task, and on how many examples it was taken."""
+def _failed(
+    tickets: Mapping[int, Mapping[str, Any]], rows: Rows, reasons: Mapping[str, str]
+) -> dict[str, dict[int, str]]:
+    """The controls without an outcome, by kind: why, by seed."""
+    found: dict[str, dict[int, str]] = {}
+    for seed, ticket in tickets.items():
+        for control in ticket["controls"]:
+            if control["key"] not in rows:
+                found.setdefault(control["kind"], {})[seed] = reasons.get(control["key"], UNKNOWN)
+    return found
+
+
+def compared_on(study: Study, task: str = "") -> tuple[str, int]:
+    """The measure that tickets are compared by on a task, the study's own or another, and on how many examples."""
     noted = study.noted()["others"][task] if task else study.noted()
     tested = noted.get("test_examples", 0)
     return ("test_accuracy", tested) if tested else ("accuracy", noted.get("valid_examples", 0))
@@ -339,6 +431,7 @@ def _described(
         "trainings": first["trainings"],
         "repaired": _repaired(study, ticket),
         "controls": {kind: _judged(ticket.controls[kind], found) for kind, found in comparisons.items()},
+        "failed": _by_seed(ticket.failed),
         "overlap": _overlap(study, ticket),
         "stability": _stability(study, ticket),
         "says": _says([found["accuracy"] for found in comparisons.values()], sparsity),
@@ -350,7 +443,7 @@ def _described_there(
 ) -> dict[str, Any]:
     """What became of a ticket on another task."""
     rows = list(ticket.rows.values())
-    measure, examples = _split(study, ticket.task)
+    measure, examples = compared_on(study, ticket.task)
     sparsity = fmean(1 - _kept(row) / _prunable(ticket) for row in rows)
     accuracy = fmean(row[measure] for row in rows)
     says = _says([found["accuracy"] for found in comparisons.values()], sparsity)
@@ -366,18 +459,32 @@ def _described_there(
         "test_accuracy": _mean(row["test_accuracy"] for row in rows),
         "steps_to_best": _mean(steps_to_best(row) if row["curve"] else None for row in rows),
         "controls": {kind: _judged(ticket.controls[kind], found) for kind, found in comparisons.items()},
-        "says": f"On {ticket.task}, {says[:1].lower()}{says[1:]}",
+        "failed": _by_seed(ticket.failed),
+        "says": f"On {ticket.task}, {says[:1].lower()}{says[1:]}" if says else "",
     }
 
 
 def _says(comparisons: Sequence[Comparison], sparsity: float) -> str:
-    """The claims on accuracy in a sentence: what it beats first, alike ones together."""
+    """The claims on accuracy in a sentence: what it beats first, alike ones together; nothing where there are none."""
     by_claim: dict[str, list[str]] = {}
     for found in comparisons:
         width = "" if found.half_width is None else f" ± {found.half_width:.1f}"
-        by_claim.setdefault(found.claim, []).append(f"{found.against} ({found.difference:+.1f}{width} points)")
+        by_claim.setdefault(found.claim, []).append(
+            f"{found.against} ({found.difference:+.1f}{width} points{_counted(found)})"
+        )
     told = "; ".join(f"{words} {', '.join(by_claim[claim])}" for claim, words in CLAIMS.items() if claim in by_claim)
-    return f"At {sparsity:.1%} sparse: {told}." if told else "It was compared with nothing."
+    return f"At {sparsity:.1%} sparse: {told}." if told else ""
+
+
+def _counted(found: Comparison) -> str:
+    """Why nothing is claimed although the interval excludes zero: it counts no other comparison."""
+    if found.claim != "not distinguishable from" or found.half_width is None or found.p_holm is None:
+        return ""
+    return f", p = {found.p_holm:.2f} among all" if abs(found.difference) > found.half_width else ""
+
+
+def _by_seed(failed: Mapping[str, Mapping[int, str]]) -> dict[str, dict[str, str]]:
+    return {what: {str(seed): reason for seed, reason in reasons.items()} for what, reasons in failed.items()}
 
 
 def _judged(rows: Mapping[int, Sequence[Mapping[str, Any]]], comparisons: Mapping[str, Comparison]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_what_is_fewer_counts_operations_and_bytes(form: str, expected: float) -
 def test_unstructured_zeros_are_never_called_faster() -> None:
     said = in_words(card(entry(1.5, 1.4, 1.6)), HERE)
     assert said == (
-        "75.0% of the prunable weights are gone: 2.5× smaller as mask bits and kept values (400 bytes instead of 1,000). "
+        "75.0% of the prunable weights are gone: 2.5× smaller as kept values and their places (400 bytes instead of 1,000). "
         "No speed-up on this device (cpu: X, 1 thread): unstructured zeros are not skipped (dense time over pruned time: "
         "1.50 at batch 1)."
     )

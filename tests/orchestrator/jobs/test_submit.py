@@ -3,10 +3,15 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +23,9 @@ from orchestrator.errors import InputError, OrchardistError
 from orchestrator.jobs.entrypoint import STARTED
 from orchestrator.jobs.shipping import FOLDER, Shipment
 from orchestrator.jobs.submit import MOST_LOST, connect, entrypoint, follow, refuse_store, submit, wait_until_started
-from tests.cluster import TOKEN, head
+from tests.cluster import TOKEN, head, until
 from tests.orchestrator.pools import small
+from tests.orchestrator.pools.test_nodes import write_study
 from tests.orchestrator.test_cli import STUDY, Shell, shell
 
 __all__ = ["shell"]
@@ -31,6 +37,7 @@ SENT = Shipment(
     left=(),
 )
 STORE = "s3://bucket/orchard"
+SENSIBLE = ("--address", "http://127.0.0.1:1", "--store", "/shared/a")
 
 
 @dataclass
@@ -262,6 +269,9 @@ def test_a_cluster_out_of_reach_is_waited_for_but_not_for_ever() -> None:
         (("--address", "auto", "--store", "/shared/a"), "a job is submitted over HTTP"),
         (("--address", "http://127.0.0.1:1", "--store", "/a", "--include", ".env"), "there is no such file"),
         (("--store", "/shared/a"), "Missing option '--address'"),
+        ((*SENSIBLE, "--gpus-per-worker", "1.5"), "--gpus-per-worker 1.5: legal: a fraction of one GPU"),
+        ((*SENSIBLE, "--resource", "trials"), "--resource trials: legal: NAME=AMOUNT"),
+        ((*SENSIBLE, "--label-selector", "spot"), "--label-selector spot: legal: KEY=VALUE"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_sent(
@@ -273,6 +283,40 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
     done = shell("submit", "study.toml", *words)
     assert done.code == 2
     assert says in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--gpus-per-worker", "2.5"), "--gpus-per-worker 2.5: legal: a fraction of one GPU"),
+        (("--resource", "GPU=1"), "--resource GPU=1: legal: --gpus-per-worker"),
+        (("--label-selector", "zone=a=b"), "--label-selector zone=a=b: legal values"),
+        (("--local", "--resource", "trials=1"), "--local runs in this process"),
+    ],
+)
+def test_run_refuses_what_workers_cannot_take(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small.write_task(tmp_path)
+    (tmp_path / "study.toml").write_text(STUDY)
+    done = shell("run", "study.toml", *words)
+    assert done.code == 2 and says in done.err and len(done.err.splitlines()) == 1
+
+
+def test_what_workers_take_travels_in_the_job_s_command(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = FakeClient(logs=STARTED)
+    monkeypatch.setattr("orchestrator.jobs.submit.connect", lambda address: client)
+    monkeypatch.chdir(tmp_path)
+    small.write_task(tmp_path)
+    (tmp_path / "study.toml").write_text(STUDY)
+    words = ("--workers", "1000000", "--gpus-per-worker", "0.25", "--resource", "trials=1")
+    labels = ("--label-selector", "ray.io/market-type=spot", "--label-selector", "zone=in(a,b)")
+    assert shell("submit", "study.toml", *SENSIBLE, *words, *labels).code == 0
+    command = shlex.split(client.jobs[0].entrypoint)
+    assert command[command.index("--address") :] == ["--address", "auto", "--store", "/shared/a", *words, *labels]
 
 
 def test_leaving_a_job_that_is_followed_leaves_it_running(
@@ -423,25 +467,51 @@ def orchardist(*arguments: str, cwd: Path, **environment: str) -> subprocess.Com
     )
 
 
+def kill_driver(store: Path) -> None:
+    """SIGKILL for the driver's own process on the head, as the kernel does when memory runs out."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if str(store).encode() in words and any(b"import drive; drive()" in word for word in words):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+                return
+    raise AssertionError("there is no driver")
+
+
 @pytest.mark.ray
 def test_a_study_is_submitted_with_a_token_and_refused_without(tmp_path: Path) -> None:
     place = tmp_path / "two words"
     place.mkdir()
-    small.write_task(place)
-    (place / "study.toml").write_text(STUDY)
+    write_study(place)
     (place / ".env").write_text("AWS_SECRET_ACCESS_KEY=hunter2hunter2")
     store = tmp_path / "store"
     with head(tmp_path) as (dashboard, gcs):
         words = ("submit", "study.toml", "--address", dashboard, "--store", str(store), "--workers", "1")
-        without = orchardist(*words, "--follow", cwd=place)
-        assert without.returncode == 2
-        assert "wants a token" in without.stderr and len(without.stderr.splitlines()) == 1
+        for token, says in (({}, "wants a token"), ({"RAY_AUTH_TOKEN": "f" * 32}, "does not accept this token")):
+            refused = orchardist(*words, "--follow", cwd=place, **token)
+            assert refused.returncode == 2
+            assert says in refused.stderr and len(refused.stderr.splitlines()) == 1
 
+        first = orchardist(*words, cwd=place, RAY_AUTH_TOKEN=TOKEN)
+        assert first.returncode == 0, first.stdout + first.stderr
+        assert "sent slow_task.py" in first.stderr and ".env" not in first.stderr
+        (job,) = re.findall(r"submitted as the job (small-[0-9a-f]{8}-1)$", first.stderr, re.MULTILINE)
+        until(lambda: any((store / "states").rglob("*.safetensors")), 60, "the study is under way")
+        kill_driver(store)
+        (place / "fast").touch()
         followed = orchardist(*words, "--follow", cwd=place, RAY_AUTH_TOKEN=TOKEN)
         assert followed.returncode == 0, followed.stdout + followed.stderr
-        assert STARTED in followed.stdout and "The knee of the front" in followed.stdout
-        assert "sent my_task.py" in followed.stderr and ".env" not in followed.stderr
+        assert f"small runs already, as the job {job}; this command joins it" in followed.stderr
+        assert STARTED in followed.stdout and "was killed by signal 9; start 2 of 10 in 2 s" in followed.stdout
+        assert "The knee of the front" in followed.stdout
         assert not any(word in followed.stdout + followed.stderr for word in ("hunter2", TOKEN))
+
+        again = orchardist(*words, cwd=place, RAY_AUTH_TOKEN=TOKEN)
+        assert f"submitted as the job {job[:-1]}2" in again.stderr, "the id of a job that has ended is not taken again"
+        sent = jobs_of(dashboard)
+        assert {info["submission_id"] for info in sent} == {job, f"{job[:-1]}2"}
+        assert all(set(info["runtime_env"]) == {"working_dir"} for info in sent), "nothing of this environment"
+        assert not any(word in json.dumps(sent) for word in ("hunter2", TOKEN))
 
         nowhere = (*words[:4], "--store", str(place / "study.toml"))
         refused = orchardist(*nowhere, cwd=place, RAY_AUTH_TOKEN=TOKEN)
@@ -458,4 +528,12 @@ def test_a_study_is_submitted_with_a_token_and_refused_without(tmp_path: Path) -
         found = {(row["what"], row["state"]) for row in json.loads(examined.stdout)}
         assert {("auth", "ok"), ("store", "ok"), ("versions", "ok"), ("clock", "ok"), ("gpu", "ok")} <= found
     stood = json.loads(orchardist("status", "small", "--store", str(store), "--format", "json", cwd=place).stdout)
-    assert stood["trials"]["done"] == 4
+    assert stood["trials"]["done"] == 10
+
+
+def jobs_of(dashboard: str) -> list[dict[str, Any]]:
+    """What the cluster tells of its jobs."""
+    request = urllib.request.Request(f"{dashboard}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        found: list[dict[str, Any]] = [job for job in json.load(answer) if job["submission_id"]]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from orchestrator.measures.flops import Flops, count, effective
+from orchestrator.measures.flops import Flops, Heads, count, left
+from orchestrator.pruning.attention import find_heads
+from orchestrator.pruning.structure import without
+from orchestrator.removal.shrinking import shrink
+
+
+def kept(some: int, others: int) -> Tensor:
+    """A mask that keeps so many, and not so many others."""
+    return torch.tensor([True] * some + [False] * others)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +56,9 @@ def test_lenet_300_100() -> None:
 class Attention(nn.Module):
     """Self-attention over five tokens of width 8 with two heads."""
 
-    def __init__(self, **options: bool) -> None:
+    def __init__(self, heads: int = 2, **options: bool) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2, **options)
+        self.attention = nn.MultiheadAttention(8, heads, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(x, x, x, need_weights=False)[0]  # type: ignore[no-any-return]
@@ -62,7 +71,10 @@ def test_attention_with_its_projections_and_products(options: dict[str, bool]) -
     assert flops.by_tensor == {
         "attention.in_proj_weight": 2 * 5 * 8 * 24,
         "attention.out_proj.weight": 2 * 5 * 8 * 8,
-        "": 2 * 2 * (2 * 5 * 5 * 4),
+    }
+    makers = ["attention.in_proj_weight", "attention.in_proj_bias"][: 1 + options.get("bias", True)]
+    assert flops.by_heads == {
+        makers[0]: Heads(work=2 * 2 * (2 * 5 * 5 * 4), count=2, makers=tuple((name, 3) for name in makers))
     }
     assert flops.total == 1920 + 640 + 800
 
@@ -82,8 +94,10 @@ def test_cross_attention_of_other_widths() -> None:
         "attention.k_proj_weight": 2 * 3 * 6 * 8,
         "attention.v_proj_weight": 2 * 3 * 7 * 8,
         "attention.out_proj.weight": 2 * 5 * 8 * 8,
-        "": 2 * 2 * (2 * 5 * 3 * 4),
     }
+    projections = tuple((f"attention.{each}_proj_weight", 1) for each in "qkv")
+    heads = Heads(work=2 * 2 * (2 * 5 * 3 * 4), count=2, makers=(*projections, ("attention.in_proj_bias", 3)))
+    assert flops.by_heads == {"attention.q_proj_weight": heads}
 
 
 def test_a_transformer_layer_is_not_hidden_by_its_fast_path() -> None:
@@ -156,16 +170,61 @@ def test_a_chain_is_the_sum_of_its_layers(widths: list[int]) -> None:
     )
 
 
-def test_effective_scales_each_layer_by_its_kept_fraction() -> None:
+def test_masked_weights_cost_nothing() -> None:
     flops = Flops(total=140, by_tensor={"a": 100, "b": 20, "": 20})
-    assert effective(flops, {"a": (1, 4), "b": (0, 5)}) == 45.0
-    assert effective(flops, {}) == 140.0
+    assert left(flops, {"a": kept(1, 3), "b": kept(0, 5)}) == 45
+    assert left(flops, {"a": kept(1, 2)}) == Fraction(220, 3)
+    assert left(flops, {}) == 140
+
+
+def test_products_of_attention_go_with_whole_heads_alone() -> None:
+    heads = Heads(work=80, count=2, makers=(("w", 3), ("b", 3)))
+    flops = Flops(total=100, by_tensor={"w": 20}, by_heads={"w": heads})
+    first = torch.tensor([[0, 1]] * 3).reshape(6).bool()  # of queries, keys and values the second head
+    assert left(flops, {"w": first[:, None].expand(6, 4), "b": first}) == 50
+    assert left(flops, {"w": first[:, None].expand(6, 4)}) == 90, "a bias makes a head, too"
+    assert left(flops, {"w": torch.zeros(6, 4).bool(), "b": torch.zeros(6).bool()}) == 0
 
 
 @given(st.dictionaries(st.sampled_from("abc"), st.integers(0, 10)))
-def test_effective_never_exceeds_the_whole(kept: dict[str, int]) -> None:
+def test_what_is_left_never_exceeds_the_whole(there: dict[str, int]) -> None:
     flops = Flops(total=60, by_tensor={"a": 10, "b": 20, "c": 30})
-    assert 0 <= effective(flops, {name: (left, 10) for name, left in kept.items()}) <= flops.total
+    assert 0 <= left(flops, {name: kept(some, 10 - some) for name, some in there.items()}) <= flops.total
+
+
+class Other(nn.Module):
+    """Attends to a sequence of other length, with keys and values of other widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 4, kdim=6, vdim=7, batch_first=True)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attention(q, k, v)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("gone", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("build", "shapes"),
+    [
+        (lambda: Attention(heads=4, batch_first=True), [(1, 5, 8)]),
+        (lambda: Attention(heads=4, batch_first=True, bias=False), [(1, 5, 8)]),
+        (Other, [(1, 5, 8), (1, 3, 6), (1, 3, 7)]),
+        (lambda: nn.TransformerEncoderLayer(8, 4, dim_feedforward=16, batch_first=True), [(1, 5, 8)]),
+        (lambda: nn.TransformerDecoderLayer(8, 4, dim_feedforward=16, batch_first=True), [(1, 5, 8), (1, 3, 8)]),
+    ],
+)
+def test_without_heads_what_is_left_is_what_the_smaller_model_does(
+    build: Callable[[], nn.Module], shapes: list[tuple[int, ...]], gone: int
+) -> None:
+    model, example = build(), tuple(torch.rand(shape) for shape in shapes)
+    names = {name: parameter.shape for name, parameter in model.named_parameters()}
+    units = find_heads(model, list(names)).units
+    assert units
+    masks = without([(group, torch.arange(group.count) >= gone) for group in units], {}, names)
+    small = shrink(model, masks, units, example).model
+    flops = count(model, example)
+    assert left(flops, masks) == count(small, example).total < flops.total
 
 
 def test_the_counter_agrees_with_torchs_own() -> None:

@@ -12,7 +12,7 @@ from orchestrator.errors import PlanError, StageFailed
 from orchestrator.mixes import resolve
 from orchestrator.ops import Prune
 from orchestrator.planning.pruning import prune_ops, refuse_empty
-from orchestrator.pruning.parts import made_by
+from orchestrator.pruning.parts import made_by, pieces
 from orchestrator.pruning.prune import Network, prune
 from orchestrator.pruning.structure import kept_units
 from orchestrator.settings import PruneSettings, Settings, TrainSettings
@@ -20,15 +20,20 @@ from orchestrator.tasks.info import Layer, TaskInfo, UnitCounts
 from tests.orchestrator.pruning.test_ranking import UNITS, network, nothing
 
 WEIGHTS = network().weights
+SHAPES = {name: tuple(shape) for name, shape in network().shapes.items()}
 INFO = TaskInfo(
     digest="t",
     layers=tuple(Layer(name=name, shape=tuple(weight.shape)) for name, weight in WEIGHTS.items()),
     train_examples=100,
     units={
-        "neuron": UnitCounts(groups={group.name: made_by(group, WEIGHTS) for group in UNITS}),
+        "neuron": UnitCounts(
+            groups={group.name: made_by(group, WEIGHTS) for group in UNITS},
+            pieces={group.name: pieces(group, SHAPES) for group in UNITS},
+        ),
         "filter": UnitCounts(refused=(("a.weight", "it is no convolution"),)),
     },
     flops={"a.weight": 36, "b.weight": 60, "c.weight": 20, "": 4},
+    parameters=71,
 )
 
 
@@ -121,10 +126,27 @@ def test_opened_masks_start_anew() -> None:
         ({"ignore": ["b"]}, {"structure": "2:3"}, ""),
         ({"ignore": ["a", "b"]}, {"structure": "2:3"}, "structure '2:3' fits no layer: 3 divides none"),
         ({"layer_factors": {"a": 0.5}}, {"structure": "2:3"}, "keeps as much everywhere"),
-        ({"ignore": ["b"]}, {"flops_budget": 0.5}, "flops_budget 0.5 cannot be met: what is never pruned takes 0.533"),
-        ({"ignore": ["b"]}, {"flops_budget": 0.54}, ""),
-        ({"ignore": ["b"]}, {"params_budget": 0.01}, ""),
-        ({"ignore": ["c"]}, {"flops_budget": 0.1, "structure": "neuron"}, ""),
+        # Of 120 FLOPs, 60 are of b and 4 of nothing that can be pruned; a keeps one weight of 18, c one of 10.
+        (
+            {"ignore": ["b"]},
+            {"flops_budget": 0.566},
+            "leaves at least 0.5667 of the FLOPs (with prune.floor = 1, layers",
+        ),
+        ({"ignore": ["b"]}, {"flops_budget": 0.5667}, ""),
+        ({"ignore": ["b"], "floor": 0}, {"flops_budget": 0.534}, ""),
+        ({"ignore": ["b"], "floor": 0}, {"flops_budget": 0.53}, "legal: 0.5334 or more"),
+        # Thirteen biases and b's thirty weights.
+        ({"ignore": ["b"], "floor": 0}, {"params_budget": 0.6}, "params_budget 0.6 cannot be met"),
+        # One of six and of five neurons is left: of a a sixth, of b a thirtieth, of c a fifth.
+        ({}, {"flops_budget": 0.13, "structure": "neuron"}, "legal: 0.1334 or more"),
+        ({}, {"flops_budget": 0.14, "structure": "neuron"}, ""),
+        ({"round_to": 4}, {"flops_budget": 0.5, "structure": "neuron"}, "prune.round_to = 4); legal: 0.6334 or more"),
+        ({"ignore": ["a", "b"]}, {"flops_budget": 0.5, "structure": "2x1"}, "legal: 0.8667 or more"),
+        (
+            {},
+            {"sparsity": 0.99, "structure": "neuron"},
+            "sparsity 0.99 cannot be met: structure 'neuron' leaves at least",
+        ),
         ({}, {"structure": "neuron", "rate": 0.5, "rounds": 4}, ""),
         ({}, {"structure": "neuron", "unit_sparsity": 0.95}, ""),
         ({"floor": 0}, {"structure": "neuron", "unit_sparsity": 0.99}, "leaves nothing in the network"),

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from orchestrator.errors import InputError
+from orchestrator.graph import Segment
+from orchestrator.pools.local import LocalPool
 from orchestrator.pools.protocol import Ended, Failed, Pool, Reported
+from orchestrator.study import Study
 from tests.contracts.pool import POOL_CHECKS, job, reported_keys, segments, until_ended
+from tests.orchestrator.pools import mortal, small
 
 if TYPE_CHECKING:
     from orchestrator.pools.ray import RayPool
@@ -32,28 +34,91 @@ def test_contract(check: Callable[[Pool, Path], None], pool: RayPool, tmp_path: 
     check(pool, tmp_path)
 
 
-def test_a_killed_workers_segment_is_done_by_its_replacement(pool: RayPool, tmp_path: Path) -> None:
+def test_a_killed_worker_is_told_and_its_replacement_does_the_segment(pool: RayPool, tmp_path: Path) -> None:
     marker = tmp_path / "killed"
     info = pool.prepare(job(tmp_path, trouble="once", marker=str(marker)))
     (segment,) = segments(info, lr=1e3)
     pool.submit(segment)
-    *reports, end = until_ended(pool)
+    failed, end = until_ended(pool)
     assert marker.exists(), "the worker was not killed"
-    assert [report.key for report in reports if isinstance(report, Reported)] == reported_keys(segment)
+    assert isinstance(failed, Failed) and failed.kind == "worker died" and failed.key in reported_keys(segment)
+    assert failed.message.startswith("The actor is dead because its worker process has died")
     assert end == Ended(segment=segment.number)
+    pool.submit(segment)
+    *reports, end = until_ended(pool)
+    assert [report.key for report in reports if isinstance(report, Reported)] == reported_keys(segment)
     assert pool.free
 
 
-def test_a_segment_that_kills_every_worker_fails(pool: RayPool, tmp_path: Path) -> None:
-    info = pool.prepare(job(tmp_path, trouble="kills"))
-    (poison,) = segments(info, lr=1e3)
-    pool.submit(poison)
-    failed, end = until_ended(pool)
-    assert isinstance(failed, Failed) and isinstance(end, Ended)
-    assert failed.kind == "worker died" and failed.key in reported_keys(poison)
-    (good,) = segments(info)
-    pool.submit(good)
-    assert [type(event) for event in until_ended(pool)] == [Reported, Reported, Ended]
+def study_of(folder: Path, store: Path, **fields: Any) -> Study:
+    return Study(mortal.spec(folder, **fields), store, root=mortal.write_task(folder))
+
+
+def test_after_sigkill_in_the_middle_of_an_epoch_another_worker_goes_on_to_the_same_bits(
+    pool: RayPool, tmp_path: Path
+) -> None:
+    reference = study_of(tmp_path, tmp_path / "reference", checkpoint_minutes=0)
+    reference.run(LocalPool())
+    needed = mortal.batches(tmp_path)
+    (tmp_path / "trouble").write_text(f"kill {needed + mortal.DENSE_BATCHES + 7}")
+    study = study_of(tmp_path, tmp_path / "store", checkpoint_minutes=1e-9)
+    assert study.run(pool).done == 2
+    assert not (tmp_path / "trouble").exists(), "nothing was killed"
+    assert mortal.batches(tmp_path) == 2 * needed + 1, "only the batch that killed its worker is trained on again"
+    assert study.status()["retries"]["worker died"] == 1
+    assert not study.store.checkpoints.positions()
+    one, other = (small.models(each.store, "mortal") for each in (study, reference))
+    assert one.keys() == other.keys()
+    assert all(small.same_bits(one[key], other[key]) for key in one)
+    assert study.table().select(["key", "curve"]).sort_by("key") == reference.table().select(["key", "curve"]).sort_by(
+        "key"
+    )
+
+
+def test_a_worker_that_hangs_is_ended_and_the_study_goes_on(
+    pool: RayPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from orchestrator.pools import ray as rays
+
+    monkeypatch.setattr(rays, "GRACE_SECONDS", 0.2)
+    (tmp_path / "trouble").write_text(f"hang {mortal.DENSE_BATCHES + 20}")
+    study = study_of(tmp_path, tmp_path / "store", timeout_seconds=1.5)
+    standing = study.run(pool)
+    assert (standing.done, standing.failed, standing.retries) == (1, 1, 0)
+    assert standing.last_failure == (
+        "timed out: the stage takes longer than timeout_seconds = 1.5, and its worker had to be ended"
+    )
+
+
+def slots(*shares: tuple[float, str, bool]) -> list[Any]:
+    """Workers as (share of a GPU, which GPU, whether it is idle)."""
+    from orchestrator.pools.ray import _Slot
+
+    found = []
+    for number, (share, gpu, idle) in enumerate(shares):
+        slot = _Slot(number, None, share, None, node="n", gpu=gpu)
+        slot.running.extend([] if idle else [Segment(number=1, steps=())])
+        found.append(slot)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shares", "wanted", "gone"),
+    [
+        ([(0.25, "0", True), (0.25, "0", True), (0.25, "0", True), (0.25, "0", False)], 0.5, [0, 1]),
+        ([(0.5, "0", True), (0.5, "1", True), (0.5, "0", False), (0.5, "1", True)], 1.0, [1, 3]),
+        ([(0.5, "0", True), (0.5, "1", True), (0.5, "0", False), (0.5, "1", False)], 1.0, []),
+        ([(0.3, "0", True), (0.3, "0", True), (0.3, "0", True)], 1.0, [0, 1, 2]),
+        ([(0.25, "0", False)], 0.5, []),
+        ([(0.25, "0", True)], 0.5, [0]),
+    ],
+)
+def test_idle_workers_of_one_gpu_give_way_to_a_larger_one(
+    shares: list[tuple[float, str, bool]], wanted: float, gone: list[int]
+) -> None:
+    from orchestrator.pools.ray import give_way
+
+    assert [slot.number for slot in give_way(slots(*shares), wanted)] == gone
 
 
 def test_close_leaves_a_ray_that_was_there_before(ray_cluster: None) -> None:
@@ -87,29 +152,3 @@ def test_a_silent_address_is_refused_at_once() -> None:
         RayPool(1, address="127.0.0.1:9")
     with pytest.raises(InputError, match="joined from one of its nodes"):
         RayPool(1, address="ray://127.0.0.1:10001")
-
-
-def test_a_cluster_is_joined_and_the_driver_needs_no_torch(tmp_path: Path) -> None:
-    """Two worker nodes beside a head without trials; the command runs in a process of its own."""
-    from ray.cluster_utils import Cluster
-
-    study = tmp_path / "study.toml"
-    study.write_text(
-        'name = "joined"\ntask = "digits"\ntrials = 2\nsampler = "random"\n'
-        "[train]\nepochs = 1\nretrain_epochs = 1\n[space]\nrate = [0.2, 0.5]\nrounds = 2\n"
-    )
-    script = (
-        "import sys; from orchestrator import cli; sys.argv[0] = 'orchardist'\n"
-        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
-        "assert 'torch' not in sys.modules\n"
-    )
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1)
-        words = ["run", str(study), "--address", cluster.address, "--store", str(tmp_path / "store")]
-        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, timeout=180)
-    finally:
-        cluster.shutdown()
-    assert done.returncode == 0, done.stderr
-    assert "The knee of the front is" in done.stdout

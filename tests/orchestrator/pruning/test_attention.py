@@ -345,3 +345,16 @@ def test_training_drops_attention_only_while_training() -> None:
         for need_weights in (True, False):
             assert torch.equal(*(small.eval()(rows(2, 5, 8), need_weights=need_weights) for _ in range(2)))
             assert not torch.equal(*(small.train()(rows(2, 5, 8), need_weights=need_weights) for _ in range(2)))
+
+
+def test_attention_written_by_hand_is_refused_by_name() -> None:
+    class ByHand(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.n_head = 4
+            self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    model = nn.Sequential(ByHand(), nn.Linear(8, 2))
+    found = find_heads(model, names(model))
+    assert not found.units
+    assert found.refused == {"0.qkv.weight": "the ByHand '0' is no nn.MultiheadAttention, whose heads are known"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 
 import pytest
@@ -10,10 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import StageFailed
+from orchestrator.measures.flops import Flops
 from orchestrator.ops import Prune
 from orchestrator.pruning.budget import Costs, Goal, goal, least
 
-COSTS = Costs(sizes={"a": 10, "b": 5, "bias": 2}, prunable=frozenset("ab"), flops={"a": 200, "b": 10, "": 40})
+
+def work(by_tensor: Mapping[str, int]) -> Flops:
+    """Operations by tensor, and none of heads."""
+    return Flops(total=sum(by_tensor.values()), by_tensor=by_tensor)
+
+
+COSTS = Costs(sizes={"a": 10, "b": 5, "bias": 2}, prunable=frozenset("ab"), flops=work({"a": 200, "b": 10, "": 40}))
 MASKS = {"a": torch.tensor([True] * 4 + [False] * 6), "bias": torch.tensor([True, False])}
 
 
@@ -32,7 +40,7 @@ def test_goals_by_hand() -> None:
 
 def test_a_part_of_a_layer_does_a_part_of_its_work_exactly() -> None:
     third = {"a": torch.tensor([True, False, False])}
-    costs = Costs(sizes={"a": 3}, prunable=frozenset("a"), flops={"a": 100})
+    costs = Costs(sizes={"a": 3}, prunable=frozenset("a"), flops=work({"a": 100}))
     assert goal(Prune(criterion="magnitude", scope="layer", flops_budget=0.5), costs).left(third) == Fraction(100, 3)
 
 

@@ -70,6 +70,6 @@ def test_sizes_of_units_are_those_of_what_is_kept() -> None:
 
 
 def test_blocks_are_units_of_a_flat_tensor() -> None:
-    (group,) = blocks({"w": (2, 3)}, 1, 2)
+    (group,) = blocks({"w": (2, 3)}, 1, 2, {})
     assert (group.name, group.count, group.slices[0].owner.tolist()) == ("w", 4, [0, 0, 1, 2, 2, 3])
     assert made_by(group, ["w"]) == {("w",): 4}

@@ -135,8 +135,14 @@ def test_a_mask_that_grows_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("how", [{"rate": 0.5}, {"threshold": 0.5}])
 def test_scores_that_are_not_finite(bound: Any, how: dict[str, float]) -> None:
-    with pytest.raises(NotFinite, match=r"^criterion 'mine:criterion': 4 of 4 scores are NaN or infinite$"):
+    said = r"^criterion 'mine:criterion': 4 of the 4 scores of 'a' are NaN or infinite$"
+    with pytest.raises(StageFailed, match=said) as caught:
         run(criterion=bound(lambda weight: weight / 0 - weight / 0), **how)
+    assert type(caught.value) is StageFailed, "no training diverged"
+    with pytest.raises(NotFinite, match=r"^criterion 'magnitude': 1 of the 2 scores of 'a' are NaN or infinite$"):
+        run(weights={"a": torch.tensor([1.0, torch.nan])}, **how)
+    with pytest.raises(NotFinite):
+        run(weights={"a": torch.tensor([1.0, torch.nan])}, criterion=bound(lambda weight: weight), **how)
     # At a masked weight a score does not count.
     masks = {"b": torch.tensor([True, True, True, False])}
     weights = {"b": torch.tensor([4.0, 3.0, 2.0, 0.0])}

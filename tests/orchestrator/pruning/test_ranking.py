@@ -18,6 +18,7 @@ from orchestrator.pruning.allocation import after_rate, exact, rounded_half_up
 from orchestrator.pruning.budget import Costs
 from orchestrator.pruning.prune import Network, Pruned, prune
 from orchestrator.pruning.structure import Slice, Units, kept_units, without
+from tests.orchestrator.pruning.test_budget import work
 
 WIDTHS = (3, 6, 5, 2)
 """Inputs, two hidden layers, outputs."""
@@ -62,7 +63,7 @@ def network(seed: int = 0, gone: tuple[tuple[int, ...], tuple[int, ...]] = ((), 
     weights = {name: weight.where(masks[name], 0) if name in masks else weight for name, weight in weights.items()}
     sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     flops = {name: 2 * sizes[name] for name in weights} | {"": 7}
-    costs = Costs(sizes=sizes, prunable=frozenset(weights), flops=flops)
+    costs = Costs(sizes=sizes, prunable=frozenset(weights), flops=work(flops))
     return Network(weights=weights, masks=masks, shapes=shapes, units=UNITS, costs=lambda: costs)
 
 
@@ -212,7 +213,9 @@ def test_a_collapse_is_held_by_the_floor_and_said() -> None:
     assert on.masks["b"].nonzero().flatten().tolist() == [2, 3, 4, 5, 6, 7]
     high = pruned(1, scope="layer", threshold=10.0)
     assert [int(mask.sum()) for mask in high.masks.values()] == [1, 8] and high.remarks == {"floored": ["a"]}
-    budget = Network(weights=weights, costs=lambda: Costs(sizes={"a": 8, "b": 8}, prunable=frozenset("ab"), flops={}))
+    budget = Network(
+        weights=weights, costs=lambda: Costs(sizes={"a": 8, "b": 8}, prunable=frozenset("ab"), flops=work({}))
+    )
     op = Prune(criterion="magnitude", scope="global", params_budget=0.5, floor=3)
     met = prune(op, budget, nothing)
     assert [int(mask.sum()) for mask in met.masks.values()] == [3, 5] and met.remarks == {"floored": ["a"]}
@@ -260,7 +263,7 @@ def test_rows_keep_their_best_and_share_the_count(rows: int, width: int, amount:
 
 def test_single_weights_may_meet_a_budget() -> None:
     weights = {"a": torch.arange(1.0, 7.0).reshape(2, 3), "b": torch.arange(1.0, 5.0)}
-    costs = Costs(sizes={"a": 6, "b": 4, "bias": 2}, prunable=frozenset("ab"), flops={"a": 120, "b": 8, "": 12})
+    costs = Costs(sizes={"a": 6, "b": 4, "bias": 2}, prunable=frozenset("ab"), flops=work({"a": 120, "b": 8, "": 12}))
 
     def pruned(**said: Any) -> list[int]:
         found = prune(Prune(criterion="magnitude", **said), Network(weights=weights, costs=lambda: costs), nothing)
@@ -275,7 +278,7 @@ def test_single_weights_may_meet_a_budget() -> None:
 
 def test_a_factor_above_one_ends_at_the_floor() -> None:
     weights = {"a": torch.arange(1.0, 11.0), "b": torch.arange(1.0, 11.0)}
-    costs = Costs(sizes={"a": 10, "b": 10}, prunable=frozenset("ab"), flops={})
+    costs = Costs(sizes={"a": 10, "b": 10}, prunable=frozenset("ab"), flops=work({}))
     op = Prune(criterion="magnitude", scope="layer", params_budget=0.25, factors=(("a", 3.0),), floor=1)
     found = prune(op, Network(weights=weights, costs=lambda: costs), nothing)
     assert [int(mask.sum()) for mask in found.masks.values()] == [1, 4]
@@ -335,7 +338,7 @@ def test_blocks_by_eye() -> None:
 )
 def test_blocks_go_as_a_whole(shape: tuple[int, int], block: tuple[int, int], amount: float, scope: str) -> None:
     weights = {name: torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("ab")}
-    costs = Costs(sizes={n: w.numel() for n, w in weights.items()}, prunable=frozenset(weights), flops={})
+    costs = Costs(sizes={n: w.numel() for n, w in weights.items()}, prunable=frozenset(weights), flops=work({}))
     where = Network(weights=weights, costs=lambda: costs)
     name = f"{block[0]}x{block[1]}"
     assume(weights["a"].numel() > 1)

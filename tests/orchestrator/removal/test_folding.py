@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from orchestrator.pruning.attention import find_heads
 from orchestrator.pruning.coupling import find_units
-from orchestrator.pruning.structure import Units
-from orchestrator.removal.folding import fold
+from orchestrator.pruning.structure import Units, without
+from orchestrator.removal.folding import fold, fold_removed
 from orchestrator.removal.proof import ShrinkRefused
 from orchestrator.removal.shrinking import masked_copy, shrink
 from orchestrator.tasks import models
@@ -166,3 +167,64 @@ def test_the_same_model_folds_to_the_same_biases() -> None:
     masks = weights_only(units, model, lambda group: torch.arange(group.count) == 1)
     one, two = (fold(copy.deepcopy(model), masks, units, example)[0].state_dict() for _ in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+class Attending(nn.Module):
+    """Attention from a sequence to itself, with biases that say something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.attention(tokens, tokens, tokens)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("build", [Attending, lambda: nn.TransformerEncoderLayer(8, 4, 12, batch_first=True)])
+def test_a_head_without_weights_gives_the_bias_of_its_values(build: Callable[[], nn.Module]) -> None:
+    model, example = drawn(build()).double().eval(), rows(1, 5, 8).double()
+    units = find_heads(model, [name for name, _ in model.named_parameters()]).units
+    masks = weights_only(units, model, lambda group: torch.arange(group.count) % 2 == 1)
+    folded, after = fold(model, masks, units, example)
+    small = shrink(folded, after, units, example).model
+    inputs = torch.cat([example, -2 * example])
+    expected = masked_copy(model, masks)(inputs)
+    assert (small(inputs) - expected).abs().max() <= 1e-12 * expected.abs().max()
+    plain = shrink(model, after, units, example).model
+    assert (plain(inputs) - expected).abs().max() > 0.1, "without folding the biases of dead heads are lost"
+
+
+def removed(units: Sequence[Units], model: nn.Module, gone: int) -> dict[str, Tensor]:
+    """Masks without the first units of every group."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return without([(group, torch.arange(group.count) >= gone) for group in units], {}, shapes)
+
+
+@pytest.mark.parametrize("name", ["mlp", "without padding", "flattened"])
+def test_unit_after_unit_is_folded(name: str) -> None:
+    build, example = NETWORKS[name]
+    model, example = drawn(build()).double().eval(), example.double()
+    units = found(model, example)
+    first, second = removed(units, model, 1), removed(units, model, 2)
+    once = fold_removed(model, {}, first, units, example)
+    twice = fold_removed(masked_copy(once, first), first, second, units, example)
+    weights = weights_only(units, model, lambda group: torch.arange(group.count) == 0)
+    inputs = torch.cat([example, -2 * example])
+    expected = masked_copy(model, weights)(inputs)
+    assert (masked_copy(once, first)(inputs) - expected).abs().max() <= 1e-12 * expected.abs().max()
+    made = {n: mask & first[n] for n, mask in weights_only(units, model, lambda g: torch.arange(g.count) < 2).items()}
+    left = {n: made.get(n, mask) for n, mask in first.items()}
+    expected = masked_copy(once, left)(inputs)
+    assert (masked_copy(twice, second)(inputs) - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def test_what_went_before_is_read_no_more() -> None:
+    """A unit that is gone gives softplus(0) for ever; behind padding that would be refused, did anything read it."""
+    model = drawn(convolutions(lambda: nn.Conv2d(4, 3, 3, padding=1)))
+    units = found(model, IMAGE)[:1]
+    gone = removed(units, model, 1)
+    again = fold_removed(masked_copy(model, gone), gone, gone, units, IMAGE)
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(again.parameters(), masked_copy(model, gone).parameters(), strict=True)
+    )

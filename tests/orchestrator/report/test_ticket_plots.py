@@ -17,7 +17,8 @@ from torch import Tensor
 from orchestrator import Study
 from orchestrator.errors import InputError, QueryError
 from orchestrator.pools.local import LocalPool
-from orchestrator.settings import CONTROLS
+from orchestrator.settings import CONTROLS, TRANSFER_CONTROLS
+from orchestrator.tickets.study import agreement
 from orchestrator.tickets.study.structure import Body
 from orchestrator.tickets.study.table import Found, read, steps_to_best
 from tests.orchestrator.pools import small
@@ -143,7 +144,7 @@ def test_a_missing_matplotlib_names_the_extra(
 
 
 def test_every_control_has_a_look_of_its_own() -> None:
-    assert plots.LOOKS.keys() == set(CONTROLS) - {"sibling"}
+    assert plots.LOOKS.keys() == {*CONTROLS, *TRANSFER_CONTROLS} - {"sibling"}
     looks = {(str(look["color"]), str(look["marker"])) for look in plots.LOOKS.values()}
     assert len(looks) == len(plots.LOOKS)
     assert len({look["marker"] for look in plots.LOOKS.values()}) == len(plots.LOOKS), "told apart without colour"
@@ -167,7 +168,7 @@ def test_tickets_of_different_criteria_have_panels_of_their_own() -> None:
         found(trial=1, criterion="taylor", rate=0.5, rounds=1),
         found(trial=2, criterion="magnitude", rate=0.7, rounds=1, kept=30),
     ]
-    told = plots.lines(tickets)
+    told = agreement.lines(tickets)
     assert [title for title, _ in told] == ["magnitude", "taylor"]
     assert [[ticket.trial for ticket in group] for _, group in told] == [[0, 2], [1]]
 
@@ -184,7 +185,7 @@ def test_the_picture_draws_each_contender_where_it_is(rounds: Study) -> None:
     assert set(labels) == {"dense", "shuffled", "ticket"}
     line = cast(Any, handles[labels.index("ticket")])[0]  # of a container of line, caps and bars
     own = [ticket for ticket in tickets if ticket.params["criterion"] == "magnitude"]
-    assert line.get_xdata() == pytest.approx([plots.kept_share(ticket) for ticket in own])
+    assert line.get_xdata() == pytest.approx([agreement.kept_share(ticket) for ticket in own])
     means = [100 * np.mean([row["test_accuracy"] for row in ticket.rows.values()]) for ticket in own]
     assert line.get_ydata() == pytest.approx(means)
     assert first.get_ylabel() == "accuracy on test (%)" and first.get_xlabel() == "prunable weights left (%)"
@@ -234,7 +235,7 @@ def masks(*kept: Sequence[int], size: int = 8) -> tuple[dict[str, Tensor], ...]:
     return tuple({"fc.weight": torch.zeros(size).index_fill_(0, torch.tensor(each), 1).bool()} for each in kept)
 
 
-COMPARED = plots.Compared(
+COMPARED = agreement.Compared(
     name="",
     title="three masks",
     labels=("a", "b", "c"),
@@ -243,13 +244,13 @@ COMPARED = plots.Compared(
 
 
 def test_below_the_diagonal_stands_what_is_shared_and_above_what_chance_gives() -> None:
-    found = plots.mean_agreement(COMPARED)
+    found = agreement.mean_agreement(COMPARED)
     assert list(found) == ["", "fc.weight"]
     assert found[""]["jaccard"][1, 0] == 1.0
     assert found[""]["jaccard"][2, 0] == pytest.approx((2 / 6 + 0) / 2)  # the mean of two seeds
     figure = plots.agreement_figure(COMPARED)
     image = np.asarray(figure.axes[0].get_images()[0].get_array())
-    assert image[1, 0] == 1.0 and image[0, 1] == pytest.approx(found[""]["chance"][0, 1])
+    assert image[1, 0] == 1.0 and image[0, 1] == pytest.approx(found[""]["chance_jaccard"][0, 1])
     assert 0.3 < image[0, 1] < 0.4 and np.isnan(image.diagonal().astype(float)).all()
     assert {text.get_text() for text in figure.axes[0].texts} >= {"1.00", "0.17"}
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b", "c"]
@@ -257,24 +258,24 @@ def test_below_the_diagonal_stands_what_is_shared_and_above_what_chance_gives() 
 
 
 def test_canary_agreement_and_chance_are_not_the_same_picture() -> None:
-    found = plots.mean_agreement(COMPARED)[""]
-    assert not np.allclose(found["jaccard"], found["chance"])
+    found = agreement.mean_agreement(COMPARED)[""]
+    assert not np.allclose(found["jaccard"], found["chance_jaccard"])
 
 
 def test_the_layers_of_a_model_come_in_its_order(consensus: Study) -> None:
-    (compared,) = plots.comparable(consensus, list(read(consensus)))
+    (compared,) = agreement.comparable(consensus, list(read(consensus)))
     assert list(compared.by_seed[0][0]) == ["0.weight", "2.weight"]
     assert compared.labels == ("1", "2", "3")
 
 
 def test_criteria_are_compared_under_the_same_seed(rounds: Study) -> None:
-    (compared,) = plots.comparable(rounds, list(read(rounds)))
+    (compared,) = agreement.comparable(rounds, list(read(rounds)))
     assert [label.partition("\n")[0] for label in compared.labels] == ["magnitude", "random"]
     assert len(compared.by_seed) == 2
 
 
 def test_curves_of_k_of_n_are_shares_beside_chance() -> None:
-    curve = plots.mean_curves(COMPARED)["fc.weight"]
+    curve = agreement.mean_curves(COMPARED)["fc.weight"]
     assert curve.share == pytest.approx(((6 + 8) / 16, (4 + 4) / 16, (2 + 0) / 16))
     assert curve.chance == pytest.approx((7 / 8, 4 / 8, 1 / 8))
     figure = plots.k_of_n_figure(COMPARED)

@@ -13,6 +13,7 @@ import torch
 from orchestrator import Study
 from orchestrator.canonical import finite
 from orchestrator.errors import InputError, QueryError, TaskError
+from orchestrator.responsible import record
 from orchestrator.responsible.account import account
 from orchestrator.stages import Stages
 from orchestrator.state import from_bytes
@@ -196,3 +197,20 @@ def test_the_figures_of_a_group_are_measures_to_search_by(tmp_path: Path) -> Non
         shares = [point[f"accuracy[side={side}]"] for side in ("left", "right")]
         assert point["worst_group_accuracy"] == min(shares)
         assert point["group_gap"] == pytest.approx(np.ptp(shares))
+
+
+def test_from_python_it_is_one_call(study: Study, found: dict[str, Any]) -> None:
+    assert study.responsible()["rows"] == found["rows"]
+    key = found["rows"][-1]["key"]
+    assert study.responsible(key, learnt_above=0.5)["chosen"]["key"] == key
+
+
+def test_a_long_record_is_told_of_in_part_and_says_so(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "MOST_LISTED", 2)
+    monkeypatch.setattr(record, "MOST_FITTED", 3)
+    found = account(study)
+    listed = {row["key"] for row in found["rows"]}
+    assert set(found["chosen"]["keys"]) <= listed and len(listed) in (2, 3)
+    assert found["notes"][0].startswith("rows has 2 of 4 pruned states, evenly spread over them")
+    assert found["model"]["rows"] <= 3 * 3
+    assert found["model"]["notes"][-1] == "fitted to 3 of 4 states, evenly spread over them"

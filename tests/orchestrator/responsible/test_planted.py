@@ -76,3 +76,13 @@ def test_a_public_network_gives_up_one_digit_before_the_mean_shows_it(tmp_path: 
     said = leads(found)[0]
     assert said.startswith("At 80.0% sparse the mean accuracy falls by 2.8 points")
     assert f"class '{worst['group']}' falls by {-100 * worst['change']:.1f} points" in said
+
+
+def test_a_search_finds_that_network_at_80_percent_with_no_digit_given_up(tmp_path: Path) -> None:
+    plain = StudySpec.load(EXAMPLE.with_name("pretrained_mnist.toml")).model_dump(exclude_defaults=True)
+    plain |= {"trials": 2, "space": plain["space"] | {"sparsity": [0.8]}}
+    study = Study(StudySpec(**plain), tmp_path)
+    assert study.run(LocalPool()).done == 2
+    (found,) = study.front(["sparsity >= 0.8", "worst_class_accuracy >= 0.95"]).points
+    assert found["params"]["retrain"] == "finetune" and found["test_worst_class_accuracy"] >= 0.95
+    assert found["worst_class_accuracy"] > min(row["worst_class_accuracy"] for row in study.table().to_pylist()) + 0.2

@@ -121,6 +121,27 @@ def test_waiting_is_quiet_patient_and_said(caplog: pytest.LogCaptureFixture) -> 
     assert len(said) == 5 and "waiting for it" in said[0] and "answers again after 10" in said[-1]
 
 
+def test_pauses_grow_and_no_two_wait_alike() -> None:
+    pauses: list[list[float]] = []
+    for _ in range(2):
+        server, time_ = Faulty(uuid4().hex), Time()
+        server.down = "fails"
+        slept: list[float] = []
+
+        def sleep(seconds: float, time_: Time = time_, slept: list[float] = slept) -> None:
+            slept.append(seconds)
+            time_.sleep(seconds)
+
+        with pytest.raises(StoreError):
+            Files(server.url, clock=time_, sleep=sleep).read("file")
+        pauses.append(slept)
+    assert pauses[0] != pauses[1]
+    for slept in pauses:
+        for number, seconds in enumerate(slept):
+            longest = min(0.1 * 2**number, 4.0)
+            assert longest / 2 <= seconds <= longest
+
+
 def test_what_waiting_does_not_help_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     time_ = Time()
     files = Files(tmp_path, clock=time_, sleep=time_.sleep)

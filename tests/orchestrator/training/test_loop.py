@@ -22,7 +22,7 @@ from orchestrator.errors import NotFinite, StageFailed
 from orchestrator.ops import Recipe, Train
 from orchestrator.pruning.penalties import PENALTIES, Rows
 from orchestrator.registry import Entry
-from orchestrator.state import State, of_model
+from orchestrator.state import State, from_bytes, of_model, to_bytes
 from orchestrator.tasks import Task
 from orchestrator.tasks.data import Batches, Indexed, InMemory
 from orchestrator.training import loop as training
@@ -58,6 +58,7 @@ def run(
     probe: Any = None,
     silent: Tensor | None = None,
     narrow: bool = True,
+    watch: Any = None,
     **options: Any,
 ) -> State:
     """Train on to step `to`, as a worker does."""
@@ -78,6 +79,7 @@ def run(
         prunable=prunable,
         probe=probe,
         probe_every=1,
+        watch=watch,
     )
 
 
@@ -166,6 +168,43 @@ def test_a_run_may_be_cut_anywhere(data: Any, options: dict[str, Any], masked: b
             np.random.seed(cut)
             state = run(state, cut, data=data, **options)
         assert same(whole, state), cuts
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("data", [DATA, Batches(drawn)], ids=["memory", "generator"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_whoever_watches_sees_the_state_of_a_cut_and_disturbs_nothing(
+    data: Any, options: dict[str, Any], masked: bool
+) -> None:
+    begin = start(masks=half(start().weights, "0.weight", "4.weight") if masked else None)
+    silent = torch.arange(6) < 1
+    seen: dict[int, State] = {}
+
+    def watch(position: int, reached: Callable[[int], State]) -> None:
+        if position % 5 == 0:
+            seen[position] = from_bytes(to_bytes(reached(position)))
+
+    whole = run(begin, 12, data=data, silent=silent, watch=watch, **options)
+    assert same(whole, run(begin, 12, data=data, silent=silent, **options))
+    assert list(seen) == [5, 10]
+    for position, state in seen.items():
+        assert same(state, run(begin, position, data=data, silent=silent, **options)), position
+        assert same(run(state, 12, data=data, silent=silent, **options), whole), position
+
+
+def test_whoever_watches_is_asked_after_every_step_but_the_last_and_may_end_it() -> None:
+    asked: list[int] = []
+
+    def watch(position: int, reached: Callable[[int], State]) -> None:
+        asked.append(position)
+        if position == 9:
+            raise StageFailed("that is enough")
+
+    run(start(), 5, watch=watch)
+    assert asked == [1, 2, 3, 4]
+    with pytest.raises(StageFailed, match="that is enough"):
+        run(start(), 12, watch=watch)
+    assert asked[-1] == 9
 
 
 def test_a_model_may_draw_from_any_generator() -> None:

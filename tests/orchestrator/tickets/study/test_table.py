@@ -13,7 +13,7 @@ import torch
 from orchestrator.errors import PlanError, QueryError
 from orchestrator.state import State, to_bytes
 from orchestrator.study import Study
-from orchestrator.tickets.study.table import read, rows, steps_to_best, ticket_table
+from orchestrator.tickets.study.table import read, rows, says, steps_to_best, ticket_table
 
 SEEDS = (0, 1, 2, 3, 4)
 NOISE = (0.000, 0.001, -0.001, 0.002, -0.002)
@@ -41,6 +41,12 @@ class Ledger:
             }
         )
         return key
+
+    def failed(self, key: str, reason: str) -> None:
+        """Take away the outcome of a control, and say why there is none."""
+        self.outcomes = [row for row in self.outcomes if row["key"] != key]
+        if reason:
+            self.events.append({"event": "control failed", "key": key, "detail": json.dumps({"reason": reason})})
 
     def ticket(
         self,
@@ -180,18 +186,36 @@ def test_a_control_at_another_count_is_noticed(kind: str) -> None:
         ledger.document()
 
 
-def test_a_control_that_failed_under_a_seed_is_missing() -> None:
+def test_a_control_that_failed_under_a_seed_is_told_and_not_compared() -> None:
     ledger = Ledger()
     ledger.ticket(controls={"shuffled": 0.8, "random": 0.8})
-    ledger.outcomes = [row for row in ledger.outcomes if row["key"] != "ticket/shuffled/3/0"]
-    assert list(ledger.only()["controls"]) == ["random"]
+    for seed in (3, 4):
+        ledger.failed(f"ticket/shuffled/{seed}/0", "worker died: twice")
+    ticket = ledger.only()
+    assert list(ticket["controls"]) == ["random"]
+    assert ticket["failed"] == {"shuffled": {"3": "worker died: twice", "4": "worker died: twice"}}
+    told = rows(ledger.document())
+    assert [row["against"] for row in told] == ["(single search)", "random", "shuffled"]
+    assert told[2]["claim"] == "failed under seeds 3, 4: worker died: twice" and told[2].keys() == told[1].keys()
+    assert "What failed is tried again when the study is run again." in says(ledger.document())
 
 
-def test_a_draw_that_failed_leaves_the_others() -> None:
+def test_a_draw_that_failed_leaves_the_others_and_is_told() -> None:
     ledger = Ledger()
     ledger.ticket(controls={"reinitialised": [0.8, 0.7]})
-    ledger.outcomes = [row for row in ledger.outcomes if not row["key"].startswith("ticket/reinitialised/3/1")]
-    assert ledger.only()["controls"]["reinitialised"]["n"] == 5
+    ledger.failed("ticket/reinitialised/3/1", "")
+    ticket = ledger.only()
+    assert ticket["controls"]["reinitialised"]["n"] == 5
+    assert ticket["failed"] == {"reinitialised": {"3": "nothing is recorded of it"}}
+
+
+def test_a_control_that_came_through_the_second_time_has_not_failed() -> None:
+    ledger = Ledger()
+    ledger.ticket(controls={"shuffled": 0.8})
+    ledger.events.append(
+        {"event": "control failed", "key": "ticket/shuffled/3/0", "detail": '{"reason": "raised: no"}'}
+    )
+    assert ledger.only()["failed"] == {} and list(ledger.only()["controls"]) == ["shuffled"]
 
 
 def test_no_ticket_is_said() -> None:
@@ -218,6 +242,31 @@ def test_equal_tickets_of_two_trials_are_one_with_the_controls_of_both() -> None
     ledger.ticket(controls={"random": 0.8}, trial=4)
     (found,) = read(ledger.study)
     assert found.trial == 3 and list(found.controls) == ["random", "shuffled"]
+
+
+def moved(*kinds: str) -> list[dict[str, Any]]:
+    controls = [{"kind": kind, "key": f"there/{kind}", "draw": 0} for kind in kinds]
+    return [{"task": "other", "key": "there", "controls": controls}]
+
+
+def test_equal_tickets_of_two_trials_are_one_on_the_other_tasks_of_both() -> None:
+    ledger = Ledger()
+    for trial, transfers in ((3, []), (4, moved("shuffled")), (5, moved("shuffled", "random"))):
+        ledger.ticket(trial=trial, seeds=[0], transfers=transfers)
+    for key in ("there", "there/shuffled", "there/random"):
+        ledger.measured(key, 0.7)
+    (found,) = read(ledger.study)
+    assert found.trial == 3 and list(found.transfers) == ["other"]
+    assert list(found.transfers["other"].controls) == ["shuffled", "random"] and not found.failed
+
+
+def test_a_ticket_that_failed_on_another_task_is_told() -> None:
+    ledger = Ledger()
+    ledger.ticket(seeds=[0], transfers=moved("shuffled"))
+    ledger.failed("there", "diverged: the loss is nan")
+    (found,) = read(ledger.study)
+    assert not found.transfers and found.failed == {"(on other)": {0: "diverged: the loss is nan"}}
+    assert rows(ledger.document())[1]["claim"] == "failed under seed 0: diverged: the loss is nan"
 
 
 def test_tickets_come_by_trial_and_round() -> None:
@@ -309,6 +358,64 @@ def test_what_was_put_back_into_a_layer_is_reported() -> None:
 
 
 # --- The table -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rule", "trainings", "depth", "claim"),
+    [
+        ("", 0, 0, "found without training"),
+        ("", 1, 1, "found in 1 training"),
+        ("", 3, 3, "found in 3 trainings, one after another"),
+        ("union", 10, 2, "found in 10 trainings, 2 of them in a row"),
+        ("union", 4, 1, "found in 4 trainings, side by side"),
+        ("from a file", 0, 0, "found elsewhere"),
+    ],
+)
+def test_what_a_ticket_took_is_said(rule: str, trainings: int, depth: int, claim: str) -> None:
+    ledger = Ledger()
+    ledger.ticket(rule=rule, trainings=trainings, depth=depth)
+    assert rows(ledger.document())[0]["claim"] == claim
+
+
+def test_that_nothing_was_compared_is_said_once() -> None:
+    ledger = Ledger()
+    for trial in range(3):
+        ledger.ticket(f"{trial}", trial=trial)
+    assert all(ticket["says"] == "" for ticket in ledger.document()["tickets"])
+    assert says(ledger.document()) == ["The tickets were compared with nothing: [tickets] controls says with what."]
+
+
+def test_one_seed_has_no_interval_to_explain() -> None:
+    ledger = Ledger()
+    ledger.ticket(controls={"shuffled": 0.8}, seeds=[0])
+    assert [line[:9] for line in says(ledger.document())] == ["ticket/0:"]
+
+
+def test_tickets_of_rounds_that_are_not_compared_are_said_once() -> None:
+    ledger = Ledger()
+    for number in (1, 2, 3):
+        controls = {"shuffled": 0.8, "random": 0.9} if number == 3 else {}
+        ledger.ticket(f"{number}", 0.9, controls, trial=number, round=number)
+    claims, how, other = says(ledger.document())
+    assert claims.startswith("3/0: At 90.0% sparse: beats the shuffled mask (+10.0")
+    assert how == (
+        "± is half the width of a 95 % interval over 5 seeds. Claims hold for all 2 comparisons together, for which an "
+        "interval without zero may not be enough."
+    )
+    assert other == "Tickets of other rounds were compared with nothing: [tickets] rounds says which are."
+
+
+def test_an_interval_without_zero_that_is_no_claim_says_why() -> None:
+    ledger = Ledger()
+    ledger.ticket(controls=dict.fromkeys(("shuffled", "random", "dense", "inverted", "one-shot"), 0.9))
+    by_key = {row["key"]: row for row in ledger.outcomes}
+    for seed, lead in enumerate((0.030, 0.012, 0.002, 0.020, 0.026)):
+        by_key[f"ticket/shuffled/{seed}/0"]["test_accuracy"] = by_key[f"ticket/{seed}"]["test_accuracy"] - lead
+    (ticket,) = ledger.document()["tickets"]
+    found = ticket["controls"]["shuffled"]
+    assert abs(found["difference"]) > found["half_width"] and found["claim"] == "not distinguishable from"
+    assert f" points, p = {found['p_holm']:.2f} among all)" in ticket["says"]
+    assert ticket["says"].count("among all") == 1
 
 
 def test_the_table_has_a_row_for_each_ticket_and_each_control() -> None:

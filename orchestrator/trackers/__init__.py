@@ -1,0 +1,1 @@
+"""A study handed to the tools that others look at searches with."""
