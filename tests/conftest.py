@@ -8,7 +8,7 @@ import os
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_metrics_report_interval_ms"] = "500"
+os.environ["RAY_metrics_report_interval_ms"] = "500"  # noqa: SIM112 Ray spells it so
 os.environ["OMP_NUM_THREADS"] = "1"  # torch takes its number of threads from it, in workers too
 os.environ.pop("ORCHARDIST_STORE", None)
 
