@@ -29,12 +29,11 @@ def main(store: str = "./orchard", trials: int = 6, epochs: float = 8) -> None:
 
     example = {"input_ids": torch.randint(16, (4, 16), generator=torch.Generator().manual_seed(0))}
     saved = save_pretrained(model, Path(store) / "bert-pretrained", example)
-    print(f"saved in {saved}; its config says {model.config.intermediate_size} dense", end=", ")
-
     again = AutoModelForSequenceClassification.from_pretrained(saved).eval()
     with torch.no_grad():
         apart = (again(**example).logits - model(**example).logits).abs().max().item()
-    print(f"{again.config.intermediate_size} pruned; the outputs differ by {apart:.1e}")
+    widths = f"{model.config.intermediate_size} before pruning and {again.config.intermediate_size} after"
+    print(f"saved in {saved}: intermediate_size {widths}; the outputs differ by {apart:.1e}")
 
 
 if __name__ == "__main__":

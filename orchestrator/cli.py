@@ -144,7 +144,7 @@ def submit(
         bool, typer.Option("--accept-task-change", help="go on although the task's code or data changed")
     ] = False,
 ) -> None:
-    """Run a study on a Ray cluster, as a job: it goes on when this machine is switched off."""
+    """Run a study as a job on a Ray cluster. It goes on when this machine is switched off."""
     from orchestrator.jobs import submit as jobs
     from orchestrator.jobs.shipping import shipment
     from orchestrator.pools.share import share
@@ -200,7 +200,7 @@ def status(
     ] = False,
     format: Formatted = Format.table,
 ) -> None:
-    """How a study stands: trials, epochs asked for and run, failures."""
+    """How a study stands: trials, epochs, failures."""
     if watch:
         from orchestrator import watching
 
@@ -277,7 +277,7 @@ def tickets(
     ] = False,
     format: Formatted = Format.table,
 ) -> None:
-    """A study's lottery tickets beside their controls at equal sparsity, with what may be claimed."""
+    """A study's lottery tickets beside their controls. All at equal sparsity, with what may be claimed."""
     from orchestrator.tickets.study.table import rows, says
 
     if format is Format.csv and (structure or agreement or stability):
@@ -344,7 +344,7 @@ def fetch(
         bool, typer.Option("--recipe", help="with --ticket: how its weights are made, in the place of the weights")
     ] = False,
 ) -> None:
-    """Write one model: weights, masks, and a card that says what it is, with the proof and its speed on this device."""
+    """Write one model: weights, masks and card. The card says what it is, with the proof and its speed here."""
     from orchestrator.export import FORMATS
 
     formats = format.split(",")
@@ -395,7 +395,7 @@ def measure(
     threads: Annotated[int, typer.Option(min=1, help="of a CPU")] = 1,
     format: Formatted = Format.table,
 ) -> None:
-    """Prove and time a fetched model again, on this device, and add that to its card."""
+    """Prove and time a fetched model on this device. That is added to its card."""
     from orchestrator.export.certificate import latency_rows
     from orchestrator.export.certificate import measure as certified
 
@@ -422,7 +422,7 @@ def responsible(
     ] = None,
     format: Formatted = Format.table,
 ) -> None:
-    """Who pays for the pruning: every class and group before and after, with intervals and a verdict."""
+    """Who pays for the pruning. Every class and group before and after, with intervals and a verdict."""
     if key is not None and (where or minimise):
         raise InputError("a KEY names one model: legal without --where and --minimise")
     from orchestrator.responsible import words
@@ -457,7 +457,7 @@ def techniques(
     store: StoreUrl = DEFAULT_STORE,
     format: Formatted = Format.table,
 ) -> None:
-    """Which way of pruning did best at which sparsity in a store's history, and whether that is sure."""
+    """Which way of pruning did best at which sparsity. Told from the history of one study or more, where it is sure."""
     from orchestrator import techniques as history_of
 
     found = history_of.techniques([_open(study, store) for study in dict.fromkeys(studies)])
@@ -475,7 +475,7 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE.html", help="the file to write")],
     store: StoreUrl = DEFAULT_STORE,
 ) -> None:
-    """Write one HTML file that shows a study: its front, its search, who pays, and what is missing. Opens offline."""
+    """Write one HTML file that shows a study. Its front, its search, who pays, and what is missing. Opens offline."""
     print(f"written: {_open(study, store).report(output)}")
 
 
@@ -485,7 +485,7 @@ def export_optuna(
     to: Annotated[str, typer.Option(metavar="URL", help="a database, such as sqlite:///study.db")],
     store: StoreUrl = DEFAULT_STORE,
 ) -> None:
-    """Write a study's trials into a database that optuna-dashboard opens; again, with what has come since."""
+    """Write a study's trials for optuna-dashboard. Asked again, it adds what has come since."""
     from orchestrator.trackers.optuna import export_optuna as exported
 
     print(f"{exported(_open(study, store), to):,} trials written")
@@ -497,7 +497,7 @@ def export_mlflow(
     to: Annotated[str, typer.Option(metavar="URI", help="MLflow's tracking URI, such as sqlite:///mlflow.db")],
     store: StoreUrl = DEFAULT_STORE,
 ) -> None:
-    """Log every measured round of a study as a run of MLflow; again, with what has come since."""
+    """Log every measured round as a run of MLflow. Asked again, it adds what has come since."""
     from orchestrator.trackers.mlflow import export_mlflow as exported
 
     print(f"{exported(_open(study, store), to):,} runs added")
@@ -508,7 +508,7 @@ def list_(
     what: Annotated[str | None, typer.Argument(metavar="WHAT", help="criteria, scopes, structures, …")] = None,
     format: Formatted = Format.table,
 ) -> None:
-    """Every choice of a kind, with a line of what it is; without WHAT, the kinds."""
+    """Every choice of a kind, with a line of what it is. Without WHAT, the kinds."""
     from orchestrator.catalogue import KINDS, catalogue
 
     print_rows(catalogue(what) if what else [{"kind": kind} for kind in KINDS], format)
@@ -521,7 +521,7 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say how much it would be")] = False,
     format: Formatted = Format.table,
 ) -> None:
-    """Remove a study's models that no front, no ticket and no other study needs; asked for, they are made again."""
+    """Remove a study's models that nothing needs. No front, ticket or other study; asked for, they are made again."""
     swept = _open(study, store).sweep(dry_run=dry_run)
     found = {"study": swept.study, "removed": not dry_run, "states": swept.states, "bytes": swept.bytes}
     if format is not Format.table:
@@ -538,7 +538,7 @@ def check(
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of study files")] = False,
     format: Formatted = Format.table,
 ) -> None:
-    """Find out what is wrong with a study and its task without running it."""
+    """Find what is wrong with a study without running it."""
     from orchestrator.spec import StudySpec
 
     if schema:
@@ -557,10 +557,10 @@ def check(
         found = {"study": opened.spec.name, "task": opened.spec.task, **facts, "warnings": warned}
         print_rows([found], format) if format is Format.csv else print_json(found)
         return
+    runs = f"{_counted(opened.spec.trials, 'trial')} x {_counted(len(opened.spec.seeds), 'seed')}"
     print(
-        f"{study}: a good study. {opened.spec.trials} trials x {len(opened.spec.seeds)} seeds of "
-        f"{opened.spec.task!r}: {len(info.layers)} prunable layers, {weights:,} weights, "
-        f"{info.train_examples:,} training examples"
+        f"{study}: a good study. {runs} of {opened.spec.task!r}: {len(info.layers)} prunable layers, "
+        f"{weights:,} weights, {info.train_examples:,} training examples"
     )
 
 
@@ -574,7 +574,7 @@ def doctor(
     ] = None,
     format: Formatted = Format.table,
 ) -> None:
-    """Find out what is wrong with a store or a cluster, and what to do about it."""
+    """Find what is wrong with a store or a cluster. It says what to do about it, too."""
     from orchestrator.jobs.doctor import examine
 
     findings = examine(store, address)
@@ -621,23 +621,34 @@ def _imports_uninterrupted() -> Iterator[None]:
     """Within the block Ctrl-C waits for the end of an import, though not for long.
 
     An interrupted import can leave its module locked for good, and a thread that imports it too, such as the one
-    that starts Ray, would never end.
+    that starts Ray, would never end. An interrupt that nobody hears comes again: what is raised in a destructor, or in
+    what a library runs around a fork, goes no further.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     asked: list[float] = []
 
+    def again() -> None:
+        timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+
     def handle(number: int, frame: FrameType | None) -> None:
         asked.append(time.monotonic())
         if _importing(frame) and asked[-1] - asked[0] < _LONGEST_WAIT_SECONDS:
-            again = threading.Timer(0.02, os.kill, (os.getpid(), number))
-            again.daemon = True
-            again.start()
+            again()
         else:
             asked.clear()
             raise KeyboardInterrupt
 
+    def unheard(ignored: sys.UnraisableHookArgs) -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            again()
+        else:
+            said(ignored)
+
+    said, sys.unraisablehook = sys.unraisablehook, unheard
     before = signal.signal(signal.SIGINT, handle)
     # Batch systems end a job with SIGTERM: it stops as cleanly as with Ctrl-C.
     term = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -646,6 +657,7 @@ def _imports_uninterrupted() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, term)
+        sys.unraisablehook = said
 
 
 def _importing(frame: FrameType | None) -> bool:
@@ -682,6 +694,10 @@ def _builtin_tasks() -> Sequence[str]:
     from orchestrator.tasks import BUILTIN
 
     return list(BUILTIN)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _program() -> str:

@@ -288,12 +288,17 @@ def _kept(
         if not len(kept) and where:
             nearest = nearest_miss(bounds, columns, dense)
             assert nearest is not None
-            has = ", ".join(f"{name} = {values[nearest]:.4g}" for name, values in columns.items())
+            has = ", ".join(f"{name} = {_short(values[nearest])}" for name, values in columns.items())
             place = f"trial {points.trials[nearest]}, round {points.rounds[nearest]}"
             raise NothingMeets(f"no point keeps {' and '.join(map(str, bounds))}; the nearest ({place}) has {has}")
     except BoundError as error:
         raise QueryError(str(error)) from error
     return kept
+
+
+def _short(value: float) -> str:
+    """Sizes are whole numbers that an exponent would hide."""
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _in_order(chosen: NDArray[np.int64], points: Points, objectives: Sequence[Objective]) -> NDArray[np.int64]:

@@ -97,6 +97,9 @@ def read(store: Store, study: str) -> History:
             case "work":
                 past.epochs_run += detail["epochs"]
                 past.stages_run += detail["stages"]
+    # With a damaged file a proposal may be gone: the trial is proposed again, and has yet to end.
+    for number in past.endings.keys() - past.proposals.keys():
+        del past.endings[number]
     return past
 
 

@@ -66,4 +66,13 @@ class JsonLines(logging.Formatter):
         said: Mapping[str, Any] = getattr(record, "said", {"event": "message", "message": record.getMessage()})
         told = {name: value for name, value in said.items() if value not in (None, "")}
         line = {"at": round(record.created, 3), "level": record.levelname.lower(), **told}
-        return without_credentials(json.dumps(finite(line), default=str, ensure_ascii=False, allow_nan=False))
+        return json.dumps(_open(finite(line)), default=str, ensure_ascii=False, allow_nan=False)
+
+
+def _open(said: Any) -> Any:
+    """Without credentials in any text: in the whole line what hides them would not stop at a text's end."""
+    if isinstance(said, Mapping):
+        return {name: _open(value) for name, value in said.items()}
+    if isinstance(said, list | tuple):
+        return [_open(value) for value in said]
+    return said if isinstance(said, bool | int | float | None) else without_credentials(str(said))

@@ -43,7 +43,8 @@ UNSCHEDULED = "-"
 
 METHOD = (
     "mean change against the dense model of the same study and seed, on the validation split; 95 % Student-t over "
-    "trials, over seeds where there is one trial; the best one against each other by Welch's t, Holm over them"
+    "trials, over seeds where there is one trial, trials with the very same models counted once; the best one against "
+    "each other by Welch's t, Holm over them"
 )
 
 
@@ -52,6 +53,7 @@ class _Unit:
     """One trial of one study in one band: how its sparsest model there differs from the dense one, seed by seed."""
 
     trial: tuple[str, int]
+    keys: frozenset[str]
     technique: Mapping[str, str]
     sparsity: float
     changes: tuple[float, ...]
@@ -121,9 +123,13 @@ def _measure(study: Study) -> Objective:
 
 def _task(measure: Objective, studies: Sequence[Study]) -> dict[str, Any]:
     units: dict[int, list[_Unit]] = defaultdict(list)
+    seen: set[tuple[int, frozenset[str]]] = set()
     for study in studies:
         for band, unit in _units(study, measure):
-            units[band].append(unit)
+            # Trials that share their models, within a study or across several, are one observation and not two.
+            if (band, unit.keys) not in seen:
+                seen.add((band, unit.keys))
+                units[band].append(unit)
     sign = 1 if measure.direction == "maximise" else -1
     return {
         "task": studies[0].spec.task,
@@ -146,7 +152,7 @@ def _task(measure: Objective, studies: Sequence[Study]) -> dict[str, Any]:
 def _units(study: Study, measure: Objective) -> Iterator[tuple[int, _Unit]]:
     """Every trial of a study in every band that it has a model in."""
     own = [name for name in (measure.column, f"test_{measure.column}") if name in MEASURES]
-    names = ["trial", "round", "seed", "sparsity", "params", "task_digest", *own]
+    names = ["key", "trial", "round", "seed", "sparsity", "params", "task_digest", *own]
     names += [] if measure.column in MEASURES else ["metrics"]
     digest = study.noted().get("task_digest")
     table = study.store.outcomes(study.spec.name).table(names).to_pydict()
@@ -171,6 +177,7 @@ def _units(study: Study, measure: Objective) -> Iterator[tuple[int, _Unit]]:
                 band,
                 _Unit(
                     trial=(study.spec.name, trial),
+                    keys=frozenset(table["key"][row] for row in some.values()),
                     technique=techniques_of(table["params"][next(iter(some.values()))]),
                     sparsity=fmean(table["sparsity"][row] for row in some.values()),
                     changes=tuple(measured[0][row] - dense[seed][0] for seed, row in some.items()),
@@ -255,7 +262,7 @@ def _verdict(order: Sequence[str], observed: Mapping[str, Sequence[float]], sign
         return None, "the only one tried"
     enough = [value for value in order if len(observed[value]) >= LEAST]
     if len(enough) < 2:
-        return None, f"too few to say: it takes {LEAST} trials, or seeds of one trial, of two values at least"
+        return None, f"too few to say: two of these need {LEAST} trials each, or one trial with {LEAST} seeds"
     first, *others = enough
     unsure = _unsure(first, others, observed, sign)
     left = len(order) - len(enough)

@@ -131,9 +131,9 @@ def _first(earlier: Sequence[_Earlier], enqueued: Sequence[str]) -> list[Point]:
 
 
 def _said(study: _Earlier, told: int, proposed: int) -> str:
-    fit = f"{len(study.trials)} of {study.finished} finished trials of {study.name!r} are legal here"
+    fit = f"{len(study.trials)} configurations of the {study.finished} finished trials of {study.name!r} are legal here"
     learnt = f"not told to the sampler: {study.not_told}" if study.not_told else f"{told} told to the sampler"
-    return f"warm start: {fit}; {proposed} in all are proposed first; {learnt}"
+    return f"warm start: {fit}; the best {proposed} in all come first, as far as the trials go; {learnt}"
 
 
 def _earlier(store: Store, name: str, aim: Setting) -> _Earlier:

@@ -39,10 +39,10 @@ def watch(
         running = found["state"] == "running"
         left_since = None if running else clock() if left_since is None else left_since
         try:
-            shown.show(standing)
             if found["state"] == "done" or (left_since is not None and clock() - left_since >= PATIENCE_SECONDS):
                 shown.end(standing)
                 return str(found["state"])
+            shown.show(standing)
             sleep(EVERY_SECONDS)
         except KeyboardInterrupt:
             shown.end(standing)

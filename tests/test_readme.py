@@ -73,6 +73,12 @@ def test_a_command_works(words: list[str], desk: Path) -> None:
             assert (desk / made).exists()
 
 
+def test_studies_are_called_by_the_names_that_they_have() -> None:
+    names = {StudySpec.load(path).name for path in (ROOT / "examples").glob("*.toml")}
+    asked = {"front", "report", "fetch", "status", "techniques", "tickets", "responsible"}
+    assert {words[2] for words in shell() if words[1] in asked} <= names
+
+
 def test_most_commands_are_run() -> None:
     assert {words[1] for words in shell() if is_cheap(words)} == {*RUNS, "run"}
 

@@ -49,6 +49,8 @@ class LocalPool:
                 "without workers timeout_seconds ends trainings between two batches, and nothing else that hangs"
             )
         shake_hands(job, "local")
+        self._running = None  # what an interrupted study left
+        self._waiting.clear()
         self._worker = Worker(job, clock=self._clock)
         return self._worker.info
 

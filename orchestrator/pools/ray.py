@@ -175,6 +175,8 @@ class RayPool:
         self._there: frozenset[str] = frozenset()
         self._node_lost_at = -math.inf
         self._draining: frozenset[str] = frozenset()
+        self._gone: frozenset[str] = frozenset()
+        """Nodes that are there no more; Ray says nothing of their idle workers until one is asked to work."""
         self._look()
         self._silent_until, self._said_so = time.monotonic() + PATIENCE_SECONDS, False
         if not self._elastic:
@@ -190,6 +192,8 @@ class RayPool:
         self._stillborn = 0
         self._queue: deque[Segment] = deque()
         self._said: deque[Event] = deque()
+        self._suspects: set[str] = set()
+        """Stages of batches that a worker died over: each is run alone, so that only the guilty one is blamed again."""
         self._gauges: dict[str, Any] = {}
 
     @property
@@ -215,6 +219,7 @@ class RayPool:
         """Make workers ready, all that there is room for; wait for the first as long as it takes. The first that is
         wrong ends the run."""
         self._job, self._info = job, None
+        self._forget()
         self._sent = self._ray.put(job)  # once for all workers: it may hold a checkpoint
         for slot in self._slots:
             slot.coming = slot.actor.prepare.remote(self._sent)
@@ -277,6 +282,14 @@ class RayPool:
             else:
                 self._welcome(slot)
 
+    def _forget(self) -> None:
+        """What an earlier study left here when it was interrupted: its driver is gone."""
+        self._queue.clear()
+        self._said.clear()
+        self._suspects.clear()
+        for slot in [slot for slot in self._slots if slot.running]:
+            self._drop(slot)
+
     def _ready(self) -> int:
         return self._count(slot for slot in self._slots if slot.coming is None and not slot.leaving)
 
@@ -298,8 +311,11 @@ class RayPool:
         for name in draining - self._draining:
             host = nodes[name]["NodeManagerHostname"]
             _LOG.warning("the node %s is being drained: it gets no new stages", host)
-        if self._there - nodes.keys():
+        lost = self._there - nodes.keys()
+        if lost:
             self._node_lost_at = self._looked_at
+        dead = {node["NodeID"] for node in listed} - nodes.keys()
+        self._gone = (self._gone | lost | dead) & {slot.node for slot in self._slots}
         self._draining, self._there = draining, frozenset(nodes)
         self._room = sum(
             self._share.room(node["Resources"], node["Labels"]) for name, node in nodes.items() if name not in draining
@@ -314,7 +330,7 @@ class RayPool:
             if slot.node in self._draining and not slot.leaving:
                 slot.leaving = True
                 slot.actor.leave.remote()
-            if slot.leaving and not slot.running:
+            if (slot.leaving or slot.node in self._gone) and not slot.running:
                 self._drop(slot)
         self._make_room()
         staying = [slot for slot in self._slots if not slot.leaving]
@@ -420,15 +436,16 @@ class RayPool:
     def _dispatch(self) -> None:
         """Hand queued segments to idle workers, each where its first states are held, if that is idle."""
         while self._queue:
-            idle = [slot for slot in self._slots if slot.idle and slot.gpus >= self._queue[0].gpus]
+            there = [slot for slot in self._slots if slot.idle and slot.node not in self._gone]
+            idle = [slot for slot in there if slot.gpus >= self._queue[0].gpus]
             if not idle:
                 return
             first = self._queue.popleft()
             slot = max(idle, key=lambda slot: sum(key in slot.held for key in first.base))
             batch = [first]
-            share = len(self._queue) // len(idle) + 1
+            share = 1 if self._is_suspect(first) else len(self._queue) // len(idle) + 1
             while not batch[-1].cost and self._queue and len(batch) < min(CHEAP_AT_ONCE, share):
-                if self._queue[0].gpus > slot.gpus:
+                if self._queue[0].gpus > slot.gpus or self._is_suspect(self._queue[0]):
                     break
                 batch.append(self._queue.popleft())
             slot.running.extend(batch)
@@ -453,6 +470,7 @@ class RayPool:
                 slot.running.popleft()
             elif isinstance(event, Reported):
                 slot.running[0] = slot.running[0].after(event.key)
+                self._suspects.discard(event.key)
                 slot.held[event.key] = None
                 while len(slot.held) > _HELD:
                     slot.held.popitem(last=False)
@@ -480,16 +498,27 @@ class RayPool:
         blameless = self._is_blameless(slot, error)
         said = "its node was taken away" if blameless else _last_words(error)
         _LOG.warning("worker %d died: %s", slot.number, said)
-        if slot.running:
-            guilty = slot.running[0]
-            key = next(step.key for step in guilty.steps if step.stored or step.evaluated)
+        under_way = [segment for segment in slot.running if segment.steps]  # nothing is left of one that was all told
+        if under_way:
             kind = "preempted" if blameless else "worker died"
-            self._said.append(Failed(segment=guilty.number, key=key, kind=kind, message=said))
+            self._said.append(Failed(segment=under_way[0].number, key=_next(under_way[0]), kind=kind, message=said))
+        if len(under_way) > 1 and not blameless:
+            self._suspects.update(map(_next, under_way))
+        if self._elastic:
+            self._look()  # with a node go all its workers, those too that have nothing to do
         self._said.extend(Ended(segment=segment.number) for segment in slot.running)
+
+    def _is_suspect(self, segment: Segment) -> bool:
+        return bool(self._suspects) and _next(segment) in self._suspects
 
     def _is_blameless(self, slot: _Slot, error: Exception) -> bool:
         """Whether a worker died since its node was taken away, which is nobody's fault."""
         return slot.leaving or slot.node in self._draining or bool(getattr(error, "preempted", False))
+
+
+def _next(segment: Segment) -> str:
+    """The stage that a segment will report first."""
+    return next(step.key for step in segment.steps if step.stored or step.evaluated)
 
 
 def _last_words(error: Exception) -> str:

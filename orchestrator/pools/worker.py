@@ -23,7 +23,7 @@ from orchestrator import ops
 from orchestrator.code import code_digest
 from orchestrator.errors import NotFinite, StageFailed, StoreError, TimedOut, WorkersUnusable
 from orchestrator.graph import Segment, Step
-from orchestrator.header import read_header
+from orchestrator.header import read_header, sealed
 from orchestrator.measures.measure import curve_point, measure
 from orchestrator.pools.protocol import Began, Ended, Event, Failed, Job, Reported, note
 from orchestrator.pruning.criteria import CRITERIA
@@ -51,6 +51,8 @@ class _Held:
     lineage: tuple[Mapping[str, Any], ...]
     curve: Sequence[list[float]] = ()
     """Of the training that ended in it, from where that began; empty where it was not taken throughout."""
+    resumable: bool = True
+    """Whether the optimizer's state is in it."""
 
 
 @dataclass
@@ -68,7 +70,7 @@ class _Left(Exception):
 
 
 class _Gone(Exception):
-    """A state that was in the store is there no more."""
+    """A state that was in the store is there no more, or without the optimizer's state that it had."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)
@@ -182,7 +184,7 @@ class Worker:
         return None if data is None else _held(data)
 
     def _run(self, step: Step, made: Mapping[str, _Held]) -> tuple[_Held, _Trained]:
-        parents = [made[key] if key in made else self._fetch(key) for key in step.inputs]
+        parents = [made[key] if key in made else self._fetch(key, step.goes_on) for key in step.inputs]
         states = [parent.state for parent in parents]
         if isinstance(step.op, ops.Train) and step.op.fresh_optimizer and not step.goes_on:
             states[0] = states[0].without_optimizer()
@@ -241,7 +243,7 @@ class Worker:
         }
         self._checkpointed.add(place.key)
         try:
-            self.store.checkpoints.write(place, to_bytes(state, header))
+            self.store.checkpoints.write(place, sealed(to_bytes(state, header)))
             if last.position:
                 self.store.checkpoints.delete(last)
         except StoreError as error:
@@ -256,6 +258,8 @@ class Worker:
         if data is None:
             return start, trained
         state, curve = from_bytes(data), json.loads(read_header(data)["curve"])
+        if state.position <= start.position:  # another cut of the same training is further by now
+            return start, trained
         return state, _Trained(curve, step.steps - (state.position - start.position), state.position)
 
     def _forget_checkpoints(self) -> None:
@@ -297,7 +301,7 @@ class Worker:
         # Whoever goes on from here gets what the store gives, from memory as well.
         held = made[step.key]
         kept = held.state if step.resumable else replace(held.state, optimizer={})
-        made[step.key] = replace(held, state=kept)
+        made[step.key] = replace(held, state=kept, resumable=step.resumable)
         header = {
             "key": step.key,
             "resumable": "1" if step.resumable else "0",
@@ -306,7 +310,7 @@ class Worker:
             "curve": json.dumps(list(held.curve)),
             "task": self._info_of(step).digest,
         }
-        data = to_bytes(kept, header)
+        data = sealed(to_bytes(kept, header))
         adopted = not self.store.states.commit(step.key, data)
         if adopted:
             theirs = self.store.states.header(step.key) or {}
@@ -318,12 +322,15 @@ class Worker:
         self._remember(step.key, made[step.key])
         return adopted
 
-    def _fetch(self, key: str) -> _Held:
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        held = self._read(key)
+    def _fetch(self, key: str, resumable: bool) -> _Held:
+        """A state, from memory or from the store. It may have been removed and made again by a study that wants less
+        of it: a training that went on without the optimizer's state would silently become another one."""
+        held = self._cache.get(key)
+        if held is None or (resumable and not held.resumable):
+            held = self._read(key)
         self._remember(key, held)
+        if resumable and not held.resumable:
+            raise _Gone(key)
         return held
 
     def _read(self, key: str) -> _Held:
@@ -367,7 +374,8 @@ def shake_hands(job: Job, worker: int | str) -> None:
 
 def _held(data: bytes) -> _Held:
     header = read_header(data)
-    return _Held(from_bytes(data), tuple(json.loads(header["lineage"])), json.loads(header.get("curve", "[]")))
+    curve, resumable = json.loads(header.get("curve", "[]")), header.get("resumable") == "1"
+    return _Held(from_bytes(data), tuple(json.loads(header["lineage"])), curve, resumable)
 
 
 def _whole(curve: Sequence[list[float]], every: int, since: int, position: int) -> bool:

@@ -41,8 +41,8 @@ class Checkpoints:
         return {place.key: place.position for place in self.places()}
 
     def write(self, place: Place, data: bytes) -> None:
-        """Make a whole safetensors file durable; nothing changes where there is one already."""
-        self.files.create(paths.checkpoint(place.key, place.position), data)
+        """Make a whole safetensors file durable, over whatever a killed worker may have left there."""
+        self.files.write(paths.checkpoint(place.key, place.position), data)
 
     def latest(self, key: str) -> bytes | None:
         """The last whole checkpoint of a stage; None where there is none."""

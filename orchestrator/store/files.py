@@ -7,6 +7,7 @@ store that stops answering is waited for, with growing, jittered pauses, for a b
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import mmap
 import os
@@ -168,21 +169,34 @@ class Files:
         when it was opened. Raises `FileNotFoundError` when it is absent."""
         return self._do("read", path, lambda: self._backend.map(_checked(path)))
 
-    def set_aside(self, path: str, why: str, torn: Callable[[bytes], bool]) -> None:
-        """Reports a torn or foreign file and moves it out of the way, unless a whole one has taken its place."""
+    def set_aside(self, path: str, why: str, torn: Callable[[bytes], bool], *, stays: bool = False) -> bool:
+        """Reports a torn or foreign file and moves it out of the way, unless a whole one has taken its place.
+
+        With `stays` only a copy is put away, and whoever has the whole file writes over it: a store may carry out a
+        delete late, or another process may, and it would hit what has taken the torn one's place.
+
+        Returns whether no whole file is under the name.
+        """
         try:
             data = self.read(path)
             if not torn(data):
-                return
-            aside = paths.set_aside(path, secrets.token_hex(4))
-            self.write(aside, data)
-            self.delete(path)
+                return False
+            aside = paths.set_aside(path, hashlib.sha256(data).hexdigest()[:8])
+            known = self.exists(aside)
+            if not known:
+                self.write(aside, data)
+            if not stays:
+                self.delete(path)
         except FileNotFoundError:
-            return  # somebody else was faster
+            return True  # somebody else was faster
         except StoreError as error:  # one who may only read the store can still go on without the file
             _LOG.warning("%s in the store %s %s; left where it is: %s", path, self.name, why, error)
         else:
-            _LOG.warning("%s in the store %s %s; moved to %s", path, self.name, why, aside)
+            if not (known and stays):  # whoever looks next need not hear it again
+                _LOG.warning(
+                    "%s in the store %s %s; %s %s", path, self.name, why, "copied to" if stays else "moved to", aside
+                )
+        return True
 
     def probe(self) -> None:
         """Finds out what the store can promise. Raises `StoreError` where it cannot be written and read back.

@@ -21,6 +21,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -199,23 +200,28 @@ class Ledger:
 
     def _compact_decisions(self, kind: str, grace_seconds: float) -> int:
         found = _list(self.files, self.study)
-        merged, parts = _uncovered(found, kind, {})
+        torn: list[Part] = []
+
+        def aside(part: Part, error: _Unreadable) -> None:
+            torn.append(part)
+            self._set_aside(part, error, stays=True)
+
+        merged, before, parts = _opened(self.files, self.study, found, kind, aside)
         newest = parts[-1]._replace(merged=True) if parts else merged
-        if newest is None and self.epoch <= 1:
+        if newest is None and self.epoch <= 1 and not torn:
             return 0
         # An epoch's first merge stands before its own first part: what an older driver still writes comes before it
         # and is covered, unread.
-        last = max(newest or Part(0, 0, kind, merged=True), Part(self.epoch, 0, kind, merged=True))
+        last = max([newest or Part(0, 0, kind, merged=True), Part(self.epoch, 0, kind, merged=True), *torn])
         if last != merged:
-            tables = [self._load_or_set_aside(part) for part in ([merged, *parts] if merged else parts)]
+            tables = [*before, *(self._load_or_set_aside(part) for part in parts)]
             data = _serialise(_concat(kind, tables))
             self._refuse_if_superseded()
             path = paths.part(self.study, last)
-            while not self.files.create(path, data):
-                # A file of this name can only be the same merge, or what a broken connection left of it.
-                self.files.set_aside(path, "is torn", _unreadable(kind))
-                if self.files.exists(path):
-                    break
+            # A file of this name can only be the same merge, or what a broken connection left of it.
+            spoilt = partial(self.files.set_aside, path, "is torn", _unreadable(kind), stays=True)
+            if not self.files.create(path, data) and spoilt():
+                self.files.write(path, data)
         covered = [part for part in found if part.kind == kind and part != last and part.position <= last.position]
         self._delete(covered, grace_seconds)
         return len(parts)
@@ -225,7 +231,7 @@ class Ledger:
         opened = _open_outcomes(self.files, self.study)
         if opened is None:
             # Nothing happens here unless the file is unreadable; the states' headers still know what it held.
-            self.files.set_aside(paths.outcomes(self.study), "is unreadable", _unreadable("outcomes"))
+            self.files.set_aside(paths.outcomes(self.study), "is unreadable", _unreadable("outcomes"), stays=True)
         watermarks = dict(opened.watermarks) if opened else {}
         _, parts = _uncovered(found, kind, watermarks)
         if parts:
@@ -233,7 +239,8 @@ class Ledger:
             try:
                 rows = _merge(opened, rows, None)
             except _Unreadable as error:
-                self.files.set_aside(paths.outcomes(self.study), f"is damaged ({error})", _unreadable("outcomes"))
+                why, path = f"is damaged ({error})", paths.outcomes(self.study)
+                self.files.set_aside(path, why, _unreadable("outcomes"), stays=True)
                 rows = _merge(None, rows, None)
             for part in parts:
                 watermarks[part.epoch] = max(part.seq, watermarks.get(part.epoch, 0))
@@ -247,12 +254,15 @@ class Ledger:
         return len(parts)
 
     def _load_or_set_aside(self, part: Part) -> Any:
-        path = paths.part(self.study, part)
         try:
-            return _Parquet(self.files.read(path), part.kind).table()
+            return _load(self.files, self.study, part, None)
         except _Unreadable as error:
-            self.files.set_aside(path, f"is unreadable ({error})", _unreadable(part.kind))
+            self._set_aside(part, error)
             return SCHEMAS[part.kind].empty_table()
+
+    def _set_aside(self, part: Part, error: _Unreadable, *, stays: bool = False) -> None:
+        path = paths.part(self.study, part)
+        self.files.set_aside(path, f"is unreadable ({error})", _unreadable(part.kind), stays=stays)
 
 
 def read(files: Files, study: str, kind: str, columns: Sequence[str] | None = None) -> Any:
@@ -268,11 +278,12 @@ def read(files: Files, study: str, kind: str, columns: Sequence[str] | None = No
         # Listing first: what a compaction deletes from now on is in the merged file that is opened afterwards.
         found = _list(files, study, report=True)
         opened = _open_outcomes(files, study) if kind == "outcomes" else None
-        merged, parts = _uncovered(found, kind, opened.watermarks if opened else {})
-        sources = [merged, *parts] if merged else parts
         try:
             if kind != "outcomes":
-                return _concat(kind, [_load_or_skip(files, study, part, columns) for part in sources], columns)
+                _, before, parts = _opened(files, study, found, kind, partial(_skip, files, study), columns)
+                later = [_load_or_skip(files, study, part, columns) for part in parts]
+                return _concat(kind, [*before, *later], columns)
+            parts = _uncovered(found, kind, opened.watermarks if opened else {})[1]
             rows = _concat("outcomes", [_load_or_skip(files, study, part, None) for part in parts])
             try:
                 return opened.table(columns) if opened and not parts else _merge(opened, rows, columns)
@@ -438,13 +449,43 @@ def _open_outcomes(files: Files, study: str) -> _Parquet | None:
         return None
 
 
+def _opened(
+    files: Files,
+    study: str,
+    found: list[Part],
+    kind: str,
+    spoilt: Callable[[Part, _Unreadable], None],
+    columns: Sequence[str] | None = None,
+) -> tuple[Part | None, list[Any], list[Part]]:
+    """The newest merged file of a kind, its rows, and the parts that it does not cover.
+
+    A spoilt one covers nothing: it is taken out of `found`, and what it was made of counts as far as that is there.
+    """
+    while True:
+        merged, parts = _uncovered(found, kind, {})
+        if merged is None:
+            return None, [], parts
+        try:
+            return merged, [_load(files, study, merged, columns)], parts
+        except _Unreadable as error:
+            spoilt(merged, error)
+            found.remove(merged)
+
+
+def _load(files: Files, study: str, part: Part, columns: Sequence[str] | None) -> Any:
+    return _Parquet(files.read(paths.part(study, part)), part.kind).table(columns)
+
+
 def _load_or_skip(files: Files, study: str, part: Part, columns: Sequence[str] | None) -> Any:
-    path = paths.part(study, part)
     try:
-        return _Parquet(files.read(path), part.kind).table(columns)
+        return _load(files, study, part, columns)
     except _Unreadable as error:
-        _LOG.warning("%s in the store %s is unreadable (%s); skipped", path, files.name, error)
+        _skip(files, study, part, error)
         return _concat(part.kind, [], columns)
+
+
+def _skip(files: Files, study: str, part: Part, error: _Unreadable) -> None:
+    _LOG.warning("%s in the store %s is unreadable (%s); skipped", paths.part(study, part), files.name, error)
 
 
 def _list(files: Files, study: str, *, report: bool = False) -> list[Part]:

@@ -158,5 +158,5 @@ def probe(token: str) -> str:
 
 
 def set_aside(path: str, token: str) -> str:
-    """Where a torn file goes; the token keeps an earlier one of the same name."""
+    """Where a torn file goes; the token, which comes from its bytes, keeps an earlier one of the same name."""
     return f"{SET_ASIDE}/{path}.{token}"

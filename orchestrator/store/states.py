@@ -12,7 +12,7 @@ _FIRST_READ = 64 * 1024
 
 
 class States:
-    """The states of one store. A torn or foreign file under a state's name is reported and set aside: it is absent."""
+    """The states of one store. A torn or foreign file under a state's name is reported, copied aside and absent."""
 
     def __init__(self, files: Files) -> None:
         self.files = files
@@ -54,8 +54,10 @@ class States:
         path = paths.state(key)
         if self.files.create(path, data):
             return True
-        # Looking into the file that is in the way sets it aside if it is torn; whole, it is the earlier state.
-        return self.header(key) is None and self.files.create(path, data)
+        if self.read(key) is not None:  # a header alone does not tell whether the tensors are whole
+            return False
+        self.files.write(path, data)  # over a torn one
+        return True
 
     def replace(self, key: str, data: bytes) -> None:
         """Puts a better file, such as one with the optimizer kept, in the place of the key's state."""
@@ -75,7 +77,8 @@ class States:
                     yield key
 
     def _set_aside(self, path: str) -> None:
-        self.files.set_aside(path, "is no whole safetensors file", lambda data: _metadata(data, len(data)) is None)
+        torn = "is no whole safetensors file"
+        self.files.set_aside(path, torn, lambda data: _metadata(data, len(data)) is None, stays=True)
 
 
 def metadata_of(files: Files, path: str) -> dict[str, str] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import Study
+from orchestrator import Study, cli
 from orchestrator.cli import main
 from orchestrator.pools.local import LocalPool
 from tests.orchestrator.pools import small
@@ -317,7 +317,7 @@ def test_an_interrupt_ends_with_the_command_that_goes_on(
 
 def test_check(place: Path, shell: Shell) -> None:
     done = shell("check", "study.toml")
-    assert done.code == 0 and "a good study" in done.out
+    assert done.code == 0 and "a good study. 4 trials x 1 seed of" in done.out
     assert sorted(path.name for path in place.iterdir() if path.name != "__pycache__") == [
         "blobs.py",
         "my_criteria.py",
@@ -361,6 +361,17 @@ def test_an_interrupt_within_an_import_comes_after_it(place: Path, shell: Shell)
     )
     done = shell("run", "study.toml", "--local")
     assert done.code == 130 and (place / "imported").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_a_destructor_swallows_comes_again() -> None:
+    class Interrupted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), cli._imports_uninterrupted():
+        Interrupted()
+        time.sleep(10)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -127,6 +127,12 @@ def test_bounds_are_kept_together_and_the_nearest_miss_is_named() -> None:
         of(*rows, where=["accuracy >= 0.86", "sparsity >= 0.5"])
 
 
+def test_a_nearest_miss_of_many_has_no_exponent() -> None:
+    rows = [row(-1, 0, 0.9, 0.0), row(0, 1, 0.85, 0.5, bytes=43_470)]
+    with pytest.raises(QueryError, match=r"has bytes = 43,470$"):
+        of(*rows, where=["bytes <= 10"])
+
+
 def test_the_studys_constraints_hold_without_being_asked_for() -> None:
     rows = [row(0, 1, 0.9, 0.1), row(1, 1, 0.5, 0.9)]
     assert places(of(*rows, constraints={"sparsity": ">= 0.5"})) == [(1, 1)]

@@ -39,6 +39,15 @@ def test_warnings_are_lines_too_and_credentials_are_none_of_them(tmp_path: Path)
     assert failed["event"] == "failed"
 
 
+def test_what_hides_credentials_stops_at_the_end_of_a_text(tmp_path: Path) -> None:
+    said = {"reason": "no answer from https://host?token=hidden", "params": {"a": ["s3://u:secret@bucket"]}, "trial": 1}
+    with lines_to(str(tmp_path / "log")):
+        doing("s", "failed", said | {"worker": "me@host"})
+    (line,) = read(tmp_path / "log")
+    assert line["reason"] == "no answer from https://host?token=***"
+    assert (line["params"], line["trial"], line["worker"]) == ({"a": ["s3://bucket"]}, 1, "me@host")
+
+
 def test_a_log_goes_on_where_it_was(tmp_path: Path) -> None:
     for event in ("one", "two"):
         with lines_to(str(tmp_path / "log")):

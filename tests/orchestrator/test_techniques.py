@@ -46,7 +46,10 @@ def recorded(
     ]
     table = [base | dict(row) for row in (*models, *outcomes)]
     ledger = opened.ledger(name, 1)
-    ledger.append("outcomes", [{"key": f"{number:064x}", **row} for number, row in enumerate(table)])
+    mark = name.encode().hex()
+    ledger.append(
+        "outcomes", [{"key": f"{number:04x}{mark}".ljust(64, "0"), **row} for number, row in enumerate(table)]
+    )
     ledger.flush()
     return Study.open(store, name)
 
@@ -89,11 +92,19 @@ def test_what_chance_may_have_done_names_nobody(tmp_path: Path) -> None:
 def test_too_few_are_said_to_be_too_few(tmp_path: Path) -> None:
     few = trials("random", [0.5] * (LEAST - 1)) + trials("taylor", [0.9 - 0.001 * n for n in range(LEAST)], 10)
     told = band(techniques([recorded(tmp_path, few)]))["criterion"]
-    assert told["best"] is None and told["says"].startswith("too few to say: it takes 5 trials")
+    assert told["best"] is None and told["says"].startswith("too few to say: two of these need 5 trials")
     assert told["values"][-1]["half_width"] is None
     third = few + trials("snip", [0.4, 0.41, 0.4, 0.42, 0.4], 20)
     told = band(techniques([recorded(tmp_path, third, "three")]))["criterion"]
     assert told["says"] == "taylor did best (1 more with too few to say)"
+
+
+def test_the_same_model_counts_once_in_one_study_and_in_several(tmp_path: Path) -> None:
+    again = trials("taylor", [0.8] * LEAST, key="b" * 64) + trials("random", [0.7], 10, key="c" * 64)
+    studies = [recorded(tmp_path, again, name) for name in ("first", "second")]
+    told = band(techniques(studies))["criterion"]
+    assert [value["trials"] for value in told["values"]] == [1, 1]
+    assert told["values"][0]["half_width"] is None and told["best"] is None
 
 
 def test_one_trial_is_told_over_its_seeds_and_several_over_their_means(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,8 +14,11 @@ import pytest
 
 from orchestrator import Study
 from orchestrator.errors import StoreError
+from orchestrator.graph import Segment
+from orchestrator.header import read_header
 from orchestrator.pools.local import LocalPool
 from orchestrator.pools.retries import MOST_TRIES
+from orchestrator.state import from_bytes, to_bytes
 from orchestrator.store import paths
 from orchestrator.store.checkpoints import Checkpoints
 from orchestrator.store.lease import acquire
@@ -313,15 +317,45 @@ def test_a_state_that_cannot_be_stored_ends_the_run_clearly_and_it_goes_on_from_
     assert_same(study, reference)
 
 
-WHOLE = tuple(fault for fault in PASSING if fault != "is torn")
-"""A torn state is set aside, and where that comes late it may hit the whole one: it is made again when asked for."""
+def test_a_training_does_not_go_on_from_a_state_that_lost_its_optimizer(url: str, tmp_path: Path) -> None:
+    longer = {"train": {"epochs": 6, "retrain_epochs": 3, "batch_size": 16, "lr": 0.05, "momentum": 0.9}}
+    longer["space"] = {"rate": [0.3], "rounds": 1, "retrain": ["rewind"], "rewind_epoch": [2]}  # type: ignore[dict-item]
+    reference = study_in(tmp_path, f"memory://{uuid4().hex}", **longer | {"trials": 1})
+    reference.run(LocalPool())
+    study = study_in(tmp_path, url, **longer | {"trials": 1, "checkpoint_minutes": 0})
+    (tmp_path / "trouble").write_text(f"interrupt {batches(tmp_path) + 17}")
+    with pytest.raises(KeyboardInterrupt):
+        study.run(LocalPool())
+
+    class Replaced(LocalPool):
+        """Somebody removes the cut that the training goes on from, and makes it again without the optimizer."""
+
+        cuts = 0
+
+        def submit(self, segment: Segment) -> None:
+            for step in segment.steps:
+                data = study.store.states.read(step.inputs[0]) if step.goes_on and step.inputs else None
+                if data is not None and not self.cuts:
+                    self.cuts += 1
+                    header = read_header(data) | {"resumable": "0"}
+                    study.store.states.replace(
+                        step.inputs[0], to_bytes(replace(from_bytes(data), optimizer={}), header)
+                    )
+                    assert self._worker is not None
+                    self._worker._cache.clear()
+            super().submit(segment)
+
+    pool = Replaced()
+    assert study.run(pool).done == 1
+    assert_same(study, reference)
+    assert pool.cuts
 
 
 @pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 20), marks=pytest.mark.slow)])
 def test_deaths_on_a_store_with_faults_change_nothing(seeds: range, tmp_path: Path) -> None:
     reference, _ = undisturbed(tmp_path)
     for seed in seeds:
-        server = Faulty(uuid4().hex, random_faults(seed, WHOLE, calls=150, count=12))
+        server = Faulty(uuid4().hex, random_faults(seed, PASSING, calls=150, count=12))
 
         def again() -> None:
             (tmp_path / "trouble").write_text(f"interrupt {batches(tmp_path) + 9}")

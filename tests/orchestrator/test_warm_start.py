@@ -75,8 +75,9 @@ def test_the_best_configurations_of_an_earlier_study_come_first_and_cost_nothing
         assert not any(o[0] >= one[0] and o[1] >= one[1] and o != one for o in others), "a worse one came first"
     assert second.status()["epochs"]["run"] == 0, "the states are those of the first study"
     assert second.noted()["warm_start"]["says"] == [
-        f"warm start: {len(found)} of 12 finished trials of 'first' are legal here; {len(warm(second).points)} in all "
-        "are proposed first; not told to the sampler: the sampler 'random' looks at no result"
+        f"warm start: {len(found)} configurations of the 12 finished trials of 'first' are legal here; the best "
+        f"{len(warm(second).points)} in all come first, as far as the trials go; not told to the sampler: the sampler "
+        "'random' looks at no result"
     ]
 
 
@@ -204,4 +205,4 @@ def test_from_the_command_line(
     assert len(done.err.splitlines()) == 1
     shell("run", "first.toml", "--local")
     done = shell("run", "second.toml", "--local")
-    assert done.code == 0 and "warm start: 4 of 4 finished trials of 'small' are legal here" in done.err
+    assert done.code == 0 and "warm start: 4 configurations of the 4 finished trials of 'small'" in done.err

@@ -58,7 +58,7 @@ def test_it_ends_with_the_study() -> None:
     assert state == "done" and seconds == 20 * EVERY_SECONDS
     assert lines[0].startswith("0/4 trials") and lines[-1].startswith("4/4 trials")
     assert "20 of 40 epochs" in lines[-1] and "best of each: accuracy 0.9" in lines[-1] and "3 tried again" in lines[-1]
-    assert len(lines) == 6, "one at once, one every ten seconds, one at the end"
+    assert len(lines) == 5, "one at once, one every ten seconds, and the last at the end"
 
 
 def test_a_driver_that_is_away_for_a_moment_is_waited_for() -> None:
@@ -70,6 +70,11 @@ def test_a_driver_that_is_away_for_a_moment_is_waited_for() -> None:
 def test_a_study_that_nobody_runs_is_left_after_a_minute() -> None:
     state, lines, seconds = followed(status("stopped", 1))
     assert state == "stopped" and seconds == PATIENCE_SECONDS and lines[-1].startswith("1/4 trials")
+
+
+def test_a_study_that_is_done_is_told_of_once() -> None:
+    state, lines, seconds = followed(status("done", 4))
+    assert state == "done" and len(lines) == 1 and seconds == 0
 
 
 def test_an_interrupt_leaves_a_last_line() -> None:

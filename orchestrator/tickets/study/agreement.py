@@ -102,7 +102,7 @@ def says(document: Mapping[str, Any]) -> list[str]:
         curve = each["layers"][""]["k_of_n"]
         count = len(curve["share"])
         shares = ", ".join(
-            f"{k} {share:.1%} ({chance:.1%})"
+            f"k = {k} {share:.1%} ({chance:.1%})"
             for k, share, chance in zip(range(1, count + 1), curve["share"], curve["chance"], strict=True)
         )
         told.append(f"Kept by at least k of {count} ({each['title']}), in brackets by chance: {shares}.")

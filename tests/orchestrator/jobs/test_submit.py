@@ -463,7 +463,7 @@ def orchardist(*arguments: str, cwd: Path, **environment: str) -> subprocess.Com
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=180,
     )
 
 
@@ -496,7 +496,7 @@ def test_a_study_is_submitted_with_a_token_and_refused_without(tmp_path: Path) -
         assert first.returncode == 0, first.stdout + first.stderr
         assert "sent slow_task.py" in first.stderr and ".env" not in first.stderr
         (job,) = re.findall(r"submitted as the job (small-[0-9a-f]{8}-1)$", first.stderr, re.MULTILINE)
-        until(lambda: any((store / "states").rglob("*.safetensors")), 60, "the study is under way")
+        until(lambda: any((store / "states").rglob("*.safetensors")), 180, "the study is under way")
         kill_driver(store)
         (place / "fast").touch()
         followed = orchardist(*words, "--follow", cwd=place, RAY_AUTH_TOKEN=TOKEN)

@@ -28,6 +28,15 @@ def test_one_segment_at_a_time(tmp_path: Path) -> None:
     assert pool.free == 1
 
 
+def test_what_an_interrupted_study_left_is_forgotten(tmp_path: Path) -> None:
+    pool = LocalPool()
+    (segment,) = segments(pool.prepare(job(tmp_path)))
+    pool.submit(segment)
+    pool.completed(0)
+    pool.prepare(job(tmp_path))
+    assert pool.free == 1 and pool.completed(0) == []
+
+
 def test_this_process_keeps_its_threads_and_its_generators(tmp_path: Path) -> None:
     pool = LocalPool()
     (segment,) = segments(pool.prepare(job(tmp_path)), criterion="random")

@@ -14,7 +14,7 @@ from orchestrator.errors import InputError, WorkersUnusable
 from orchestrator.graph import Segment, Step
 from orchestrator.ops import Init
 from orchestrator.pools import ray as pools
-from orchestrator.pools.protocol import Ended, Failed, Job
+from orchestrator.pools.protocol import Ended, Failed, Job, Reported
 from orchestrator.pools.share import Share
 from orchestrator.tasks.source import Source
 
@@ -45,8 +45,12 @@ class Stream:
     ends: bool = False
     raises: Exception | None = None
     batch: Sequence[Segment] = ()
+    says: list[Any] = field(default_factory=list)
+    """What it says before anything else."""
 
     def __next__(self) -> Ref:
+        if self.says:
+            return Ref(self.actor, self.says.pop(0))
         if self.raises is not None:
             return Ref(self.actor, raises=self.raises)
         if not self.batch:
@@ -171,7 +175,7 @@ class FakeRay:
 
     def _has_news(self, ref: Any) -> bool:
         if isinstance(ref, Stream):
-            return ref.ends or ref.raises is not None
+            return bool(ref.says) or ref.ends or ref.raises is not None
         return bool(ref.actor.node) or ref.raises is not None
 
 
@@ -459,3 +463,71 @@ def test_on_one_machine_no_room_is_refused_for_none_comes_later(ray: FakeRay) ->
         pools.RayPool(3)
     with pytest.raises(InputError, match=r"no room for 1 workers with \{CPU: 1, trials: 1\} each: .* legal: --address"):
         pools.RayPool(share=Share(gpus=0, resources={"trials": 1}))
+
+
+def test_a_worker_that_dies_when_all_is_told_has_failed_at_nothing(ray: FakeRay, clock: Clock) -> None:
+    ray.cores["first"] = 1
+    pool = prepared(ray, workers=1)
+    pool.submit(segment(1))
+    pool.completed(0)
+    told = Reported(
+        segment=1, key=f"{1:064x}", measures=None, resumable=False, stored=True, steps=10, seconds=0.0, worker="w:1"
+    )
+    (worker,) = ray.living()
+    worker.stream.says = [[told]]
+    assert pool.completed(0) == [told]
+    ray.lose("first", Died("gone"))
+    assert pool.completed(0) == [Ended(segment=1)]
+
+
+def test_of_a_batch_that_a_worker_died_over_each_stage_is_run_alone(ray: FakeRay, clock: Clock) -> None:
+    ray.cores["first"] = 1
+    pool = prepared(ray, workers=1)
+    for number in range(3):
+        pool.submit(segment(number, steps=0))
+    pool.completed(0)
+    (worker,) = ray.living()
+    assert [each.number for each in worker.stream.batch] == [0, 1, 2]
+    worker.stream.raises = Died("gone")
+    failed, *ended = pool.completed(0)
+    assert isinstance(failed, Failed) and failed.key == f"{0:064x}"
+    assert ended == [Ended(segment=number) for number in range(3)]
+    for number in range(10, 15):
+        again = segment(number - 10, steps=0)
+        pool.submit(Segment(number=number, steps=again.steps))
+    ran = []
+    for _ in range(4):
+        look(pool, clock)
+        (worker,) = ray.living()
+        ran.append([each.number for each in worker.stream.batch])
+        says = [[Ended(segment=each.number)] for each in worker.stream.batch]
+        worker.stream.says, worker.stream.batch = says, ()
+        worker.stream.ends = True
+        for _ in range(4):
+            pool.completed(0)
+    assert ran == [[10], [11], [12], [13, 14]]
+
+
+def test_idle_workers_go_with_their_node_and_no_stage_is_lost_on_them(ray: FakeRay, clock: Clock) -> None:
+    ray.cores["first"] = 4
+    pool = prepared(ray, workers=4)
+    pool.submit(segment(1))
+    pool.completed(0)
+    ray.cores["second"] = 4
+    ray.lose("first", Died("gone"))
+    assert [type(event) for event in pool.completed(0)] == [Failed, Ended]
+    pool.submit(segment(2))
+    look(pool, clock)
+    assert [actor.node for actor in ray.living()] == ["second"]
+    assert not any(isinstance(event, Failed) for event in look(pool, clock))
+
+
+def test_what_an_interrupted_study_left_is_forgotten(ray: FakeRay, clock: Clock) -> None:
+    ray.cores["first"] = 2
+    pool = prepared(ray, workers=2)
+    for number in range(5):
+        pool.submit(segment(number))
+    pool.completed(0)
+    pool.prepare(job())
+    assert not any(actor.stream.batch for actor in ray.living()) and pool.free
+    assert pool.completed(0) == []

@@ -49,10 +49,10 @@ def test_nobody_takes_one_for_a_finished_state(files: Files) -> None:
     assert not states.has(KEY) and states.header(KEY) is None and list(states.keys()) == []
 
 
-def test_a_name_is_written_once(files: Files) -> None:
+def test_a_whole_one_takes_the_place_of_a_torn_one(files: Files) -> None:
+    files.write(paths.checkpoint(KEY, 9), data(KEY, 9)[:-3])
     checkpoints = written(files, (KEY, 9))
-    checkpoints.write(Place(key=KEY, position=9), data(KEY, 9, "another"))
-    assert checkpoints.study(Place(key=KEY, position=9)) == "s"
+    assert checkpoints.latest(KEY) == data(KEY, 9)
 
 
 def test_a_torn_or_foreign_one_is_set_aside_and_the_one_before_it_counts(

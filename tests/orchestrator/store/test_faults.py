@@ -15,7 +15,7 @@ from orchestrator import Study
 from orchestrator.errors import StoreError
 from orchestrator.pools.local import LocalPool
 from orchestrator.pools.protocol import Event
-from orchestrator.store import Files, Ledger, States
+from orchestrator.store import Files, Ledger, States, paths
 from orchestrator.store.ledger import read as read_ledger
 from tests.contracts.store import CHECKS, safetensors
 from tests.faulty import FAULTS, PASSING, Faulty, Killed, random_faults
@@ -119,6 +119,43 @@ def test_one_fault_at_any_call(fault: str, every: int) -> None:
         for kind in ("proposals", "outcomes", "events"):
             trials = read_ledger(files, "s", kind)["trial"].to_pylist()
             assert sorted(trials) == list(range(TRIALS)), (number, kind)
+
+
+def late_at(number: int, late_by: int, torn: str) -> tuple[Faulty, Files]:
+    """A store with a torn file, of which one call is carried out late."""
+    server = Faulty(uuid4().hex, late_by=late_by)
+    server.objects[f"root/{torn}"] = b"torn"
+    server.calls, server.faults = 0, {number: "comes late"}
+    return server, Files(server.url, sleep=no_sleep)
+
+
+@pytest.mark.parametrize("late_by", [1, 2, 5, 9])
+def test_nothing_that_comes_late_hits_the_state_in_a_torn_ones_place(late_by: int) -> None:
+    for number in range(1, 12):
+        _, files = late_at(number, late_by, paths.state(key(1)))
+        states = States(files)
+        states.header(key(1))
+        states.commit(key(1), safetensors({"by": "x"}))
+        for _ in range(15):
+            states.has(key(2))
+        assert states.header(key(1)) == {"by": "x"}, number
+
+
+@pytest.mark.parametrize("late_by", [1, 4, 8, 16])
+@pytest.mark.parametrize("kind", ["events", "outcomes"])
+def test_nothing_that_comes_late_hits_what_was_merged_in_a_torn_ones_place(kind: str, late_by: int) -> None:
+    torn = paths.outcomes("s") if kind == "outcomes" else paths.part("s", paths.Part(1, 6, "events", merged=True))
+    for number in range(1, 40):
+        _, files = late_at(number + 30, late_by, torn)
+        ledger = Ledger(files, "s", 1)
+        for trial in range(3):
+            ledger.append("outcomes", [{"key": key(trial), "trial": trial, "round": 0, "seed": 0, "accuracy": 0.5}])
+            ledger.append("events", [{"event": "done", "trial": trial}])
+            ledger.flush()
+        ledger.compact()
+        for _ in range(30):
+            files.exists("nothing")
+        assert sorted(read_ledger(files, "s", kind)["trial"].to_pylist()) == [0, 1, 2], number
 
 
 @pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 1000), marks=pytest.mark.slow)])

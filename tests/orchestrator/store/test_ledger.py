@@ -357,6 +357,25 @@ def test_damaged_merged_outcomes_stop_nobody(files: Files, damage: str) -> None:
     assert len(files.list("set-aside/studies/s")) == 1
 
 
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("kind", ["proposals", "events"])
+def test_a_torn_merge_covers_nothing_and_what_it_was_made_of_counts(files: Files, kind: str, epoch: int) -> None:
+    ledger = Ledger(files, "s", 1)
+    write(ledger, 1, 2)
+    ledger.compact()
+    write(ledger, 3)
+    ledger.compact(grace_seconds=60.0)
+    merged = max(name for name in parts(files, kind) if ".all." in name)
+    files.write(f"{LEDGER}/{merged}", b"")  # a store without hard links is left so by a killed writer
+    assert trials(files, kind) == [1, 2, 3]
+    later = Ledger(files, "s", epoch)
+    write(later, 4)
+    later.compact()
+    assert trials(files, kind) == [1, 2, 3, 4] and parts(files, kind)[-1] != merged
+    later.compact()
+    assert trials(files, kind) == [1, 2, 3, 4] and len(parts(files, kind)) == 1
+
+
 def test_foreign_names_are_reported_and_left_alone(files: Files, caplog: pytest.LogCaptureFixture) -> None:
     ledger = Ledger(files, "s", 1)
     write(ledger, 1)

@@ -128,6 +128,7 @@ def test_a_store_that_stays_away_ends_the_run_clearly_and_nothing_is_lost(
         study.run(Killing(mortal, 5, back_after=None))
     assert servers.SECRET_KEY not in str(caught.value)
     mortal.start()
+    monkeypatch.delenv("ORCHARDIST_PATIENCE_SECONDS")  # a server that has just come up is not at once itself
     assert study.run(LocalPool()).done == 6
     assert_same(study, undisturbed)
 

@@ -82,7 +82,7 @@ def test_a_torn_state_is_reported_and_kept_for_a_look(tmp_path: Path, caplog: py
     states.files.write(path, b"torn")
     with caplog.at_level(logging.WARNING, "orchardist.store"):
         assert states.header(KEY) is None
-    assert path in caplog.text and "moved to set-aside/" in caplog.text
+    assert path in caplog.text and "copied to set-aside/" in caplog.text
     (aside,) = (tmp_path / "set-aside" / "states" / "ab").iterdir()
     assert aside.read_bytes() == b"torn"
 
@@ -104,9 +104,9 @@ def test_a_whole_state_that_took_a_torn_ones_place_stays(tmp_path: Path) -> None
 
         then: Callable[[], None]
 
-        def set_aside(self, path: str, why: str, torn: Callable[[bytes], bool]) -> None:
+        def set_aside(self, path: str, why: str, torn: Callable[[bytes], bool], *, stays: bool = False) -> bool:
             self.then()
-            super().set_aside(path, why, torn)
+            return super().set_aside(path, why, torn, stays=stays)
 
     files = Meanwhile(tmp_path)
     path = f"states/ab/{KEY}.safetensors"
