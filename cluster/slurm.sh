@@ -23,6 +23,7 @@ export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 export RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # without it a step has one core, whatever the job has
 
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${hosts%%$'\n'*}
@@ -31,27 +32,27 @@ address=$head:$port
 room=(--num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --temp-dir="/tmp/ray-$SLURM_JOB_ID")
 here=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$head")
 
-"${here[@]}" ray start --head --block --port="$port" --include-dashboard=false "${room[@]}" &
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+"${here[@]}" ray start --head --block --port="$port" --ray-client-server-port=$((port + 20000)) \
+    --include-dashboard=false "${room[@]}" &
 if [ "$SLURM_NNODES" -gt 1 ]; then
     others=$((SLURM_NNODES - 1))
+    # shellcheck disable=SC2016 # what stands in single quotes is for the other nodes
     srun --overlap --nodes="$others" --ntasks="$others" --exclude="$head" bash -c '
-        until ray health-check --address "$0"; do sleep 2; done
+        until ray health-check --address "$0" 2> /dev/null; do sleep 2; done
         exec ray start --block --address "$0" "$@"
     ' "$address" "${room[@]:0:2}" &
 fi
 
-"${here[@]}" python -c '
-import sys, time, ray
-address, nodes = sys.argv[1], int(sys.argv[2])
-for attempt in range(60):
-    try:
-        ray.init(address=address, log_to_driver=False)
-        break
-    except ConnectionError:
-        time.sleep(5)
-while sum(node["Alive"] for node in ray.nodes()) < nodes:
-    time.sleep(1)
-' "$address" "$SLURM_NNODES"
+# The study begins when the head is there; the other nodes join it when they come.
+for ((attempt = 1; ; attempt++)); do
+    "${here[@]}" ray health-check --address "$address" 2> /dev/null && break
+    if [ "$attempt" -ge 60 ]; then
+        echo "Ray does not start on $head: see above" >&2
+        exit 1
+    fi
+    sleep 2
+done
 
 "${here[@]}" python -m orchestrator.jobs.entrypoint "$study" --store "$store" --address "$address" "$@" &
 driver=$!

@@ -62,6 +62,7 @@ def _settings() -> Rows:
         "prune": settings.PruneSettings,
         "space": settings.Choices,
         "tickets": settings.TicketSettings,
+        "stopping": settings.StoppingSettings,
     }
     return [
         {"name": f"{table}.{name}", "default": _shown(key.default), "what": key.description or _legal(key.annotation)}

@@ -20,7 +20,7 @@ import typer
 
 from orchestrator.errors import InputError, OrchardistError, WorkersUnusable
 from orchestrator.printing import Format, cell, front_rows, hypervolume_line, print_json, print_rows, print_table
-from orchestrator.store.files import without_credentials
+from orchestrator.store.address import without_credentials
 from orchestrator.store.paths import DEFAULT_STORE
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ Resource = Annotated[
 LabelSelector = Annotated[
     list[str], typer.Option(metavar="KEY=VALUE", help="workers only on nodes with this label; repeatable")
 ]
+CacheGb = Annotated[
+    float | None,
+    typer.Option(metavar="F", help="each worker's memory for recent states; default: 1/8 of its part of the machine's"),
+]
 _LONGEST_WAIT_SECONDS = 5.0
 
 
@@ -71,6 +75,7 @@ def run(
     gpus_per_worker: GpusPerWorker = None,
     resource: Resource = [],  # noqa: B006 typer wants a list
     label_selector: LabelSelector = [],  # noqa: B006 typer wants a list
+    cache_gb: CacheGb = None,
     local: Annotated[bool, typer.Option("--local", help="run in this process, without Ray")] = False,
     log: Annotated[
         str | None, typer.Option(metavar="FILE", help="add a JSON line for each thing that happens; -: on stderr")
@@ -81,10 +86,11 @@ def run(
 ) -> None:
     """Run a study, or go on where it stopped."""
     from orchestrator.joblog import lines_to
+    from orchestrator.pools.cache import asked_bytes
     from orchestrator.pools.share import share
     from orchestrator.progress import Silent, progress
 
-    taken = share(gpus_per_worker, resource, label_selector)
+    taken, cache = share(gpus_per_worker, resource, label_selector), asked_bytes(cache_gb)
     opened = _from_file(study, store)
     if not local and store.startswith("memory://"):
         raise InputError(f"--store {store}: memory lives in one process; legal with workers: a folder or another URL")
@@ -95,10 +101,10 @@ def run(
         if local:
             from orchestrator.pools.local import LocalPool
 
-            return LocalPool()
+            return LocalPool(cache=cache)
         from orchestrator.pools.ray import RayPool
 
-        return RayPool(workers, address=address, share=taken)
+        return RayPool(workers, address=address, share=taken, cache=cache)
 
     with lines_to(log):
         shown = Silent() if log == "-" else progress()
@@ -128,6 +134,7 @@ def run(
 
 @app.command()
 def submit(
+    context: typer.Context,
     study: StudyFile,
     address: Annotated[str, typer.Option(metavar="http://HEAD:8265", help="the dashboard of a Ray cluster")],
     store: StoreUrl = DEFAULT_STORE,
@@ -136,10 +143,15 @@ def submit(
     gpus_per_worker: GpusPerWorker = None,
     resource: Resource = [],  # noqa: B006 typer wants a list
     label_selector: LabelSelector = [],  # noqa: B006 typer wants a list
+    cache_gb: CacheGb = None,
     include: Annotated[
         list[Path],
         typer.Option("--include", metavar="PATH", help="a file or folder below the study's to send too; repeatable"),
     ] = [],  # noqa: B006 typer wants a list
+    log: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="add a JSON line for each thing that happens; -: in the job's log"),
+    ] = None,
     accept_task_change: Annotated[
         bool, typer.Option("--accept-task-change", help="go on although the task's code or data changed")
     ] = False,
@@ -147,31 +159,29 @@ def submit(
     """Run a study as a job on a Ray cluster. It goes on when this machine is switched off."""
     from orchestrator.jobs import submit as jobs
     from orchestrator.jobs.shipping import shipment
+    from orchestrator.pools.cache import asked_bytes
     from orchestrator.pools.share import share
     from orchestrator.spec import StudySpec
 
     jobs.refuse_store(store)
+    jobs.refuse_log(log)
     share(gpus_per_worker, resource, label_selector)
+    asked_bytes(cache_gb)
     shipped = shipment(study, include)
     name = StudySpec.load(study).name
-    client = jobs.connect(address)
-    options = ["--store", store]
-    for option, value in (("--workers", workers), ("--gpus-per-worker", gpus_per_worker)):
-        options += [] if value is None else [option, str(value)]
-    options += [word for text in resource for word in ("--resource", text)]
-    options += [word for text in label_selector for word in ("--label-selector", text)]
-    options += ["--accept-task-change"] if accept_task_change else []
-    command = jobs.entrypoint(shipped, options)
+    client, token = jobs.connect(address), jobs.wants_token(address)
+    command = jobs.entrypoint(shipped, jobs.options_of(context))
     found = jobs.submit(client, shipped, name=name, store=store, command=command)
-    stop = f"ray job stop --address {shlex.quote(address)} {found.id}"
+    stop = jobs.by_hand(address, "stop", found.id, token=token)
 
     def told(line: str) -> None:
         print(line, file=sys.stderr)
 
     if found.joined:
         told(f"{name} runs already, as the job {found.id}; this command joins it")
-        if not found.same:
-            told(f"it runs another version of the study's files; for this one: {stop}, then submit again")
+        if found.differs:
+            other = " and ".join(found.differs)
+            told(f"it was started with other {other} than these; for these: {stop}, then submit again")
     else:
         for row in shipped.rows():
             told(f"sent {row['file']}: {row['bytes']:,} bytes")
@@ -200,25 +210,26 @@ def status(
     ] = False,
     format: Formatted = Format.table,
 ) -> None:
-    """How a study stands: trials, epochs, failures."""
+    """How a study stands: trials, epochs, failures. A driver elsewhere is watched for up to 15 s."""
+    pulse = _open(study, store).pulse() if watch else None
     if watch:
         from orchestrator import watching
 
         if format is not Format.table:
             raise InputError("--watch shows lines: legal without --format")
         try:
-            state = watching.watch(lambda: _open(study, store).status())
+            state = watching.watch(lambda: _open(study, store).status(pulse))
         except KeyboardInterrupt:
             raise _Left(130) from None
         print(f"the study is {state}", file=sys.stderr)
-    found = _open(study, store).status()
+    found = _open(study, store).status(pulse)
     if format is Format.json:
         print_json(found)
         return
     flat = [
         {"what": f"{what} {name}" if name else what, "value": value}
         for what, values in found.items()
-        if what != "failures"
+        if what != "failures" and values is not None
         for name, value in (values.items() if isinstance(values, Mapping) else [("", values)])
     ]
     flat += [{"what": f"failure of trial {number}", "value": reason} for number, reason in found["failures"].items()]
@@ -525,10 +536,13 @@ def gc(
     swept = _open(study, store).sweep(dry_run=dry_run)
     found = {"study": swept.study, "removed": not dry_run, "states": swept.states, "bytes": swept.bytes}
     if format is not Format.table:
-        print_rows([found | {"kept": swept.kept, "checkpoints": swept.checkpoints}], format)
+        found |= {"kept": swept.kept, "checkpoints": swept.checkpoints, "leftovers": swept.leftovers}
+        print_rows([found], format)
         return
     would = "would remove" if dry_run else "removed"
-    more = f" and {swept.checkpoints:,} checkpoints" if swept.checkpoints else ""
+    also = [f"{swept.checkpoints:,} checkpoints"] if swept.checkpoints else []
+    also += [f"{swept.leftovers:,} leftovers of killed writers"] if swept.leftovers else []
+    more = "".join(f" and {what}" for what in also)
     print(f"{would} {swept.states:,} states{more}, {swept.bytes:,} bytes; {swept.kept:,} states are kept")
 
 

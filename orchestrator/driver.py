@@ -13,16 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from statistics import fmean
+from functools import cached_property
 from typing import Any
 
 from orchestrator import history
 from orchestrator.canonical import digest
 from orchestrator.errors import InputError, StoreError
-from orchestrator.front import column_of
 from orchestrator.graph import Facts, Graph, Segment
 from orchestrator.history import History
 from orchestrator.joblog import doing
+from orchestrator.judging import Judge, Rounds
 from orchestrator.metrics import metrics
 from orchestrator.objectives import Objective
 from orchestrator.outcome import CONTROL_TRIAL, DENSE_TRIAL
@@ -31,6 +31,7 @@ from orchestrator.planning.trial import dense_plan, trial_plan
 from orchestrator.pools.protocol import RETRIED, Ended, Event, Failed, Pool, Reported
 from orchestrator.pools.retries import Retries
 from orchestrator.progress import Progress, Silent, Standing
+from orchestrator.room import Room
 from orchestrator.settings import FINAL
 from orchestrator.spec import StudySpec
 from orchestrator.store.lease import Lease
@@ -39,7 +40,6 @@ from orchestrator.store.store import Store
 from orchestrator.tasks.info import TaskInfo
 from orchestrator.warm_start import WarmStart
 from search.proposer import LEARNS, Ahead, Proposal, make
-from search.query import Bound, constraint, parse
 
 _LOG = logging.getLogger("orchardist.driver")
 
@@ -59,18 +59,16 @@ POINT_DIGITS = 12
 
 SHARED_FAILURE = "a stage that it shares with another trial failed"
 
-Values = tuple[float | None, ...]
-Rounds = dict[int, tuple[list[float], dict[str, float]]]
-"""By round: the objectives' values, and how far each bound is violated; NaN for what has no number."""
-
 
 @dataclass
 class _Trial:
-    """One proposal under way: a plan for each seed, and how many of its points are still to come."""
+    """One proposal under way: a plan for each seed, and which of its points are still to come."""
 
     number: int
     params: dict[str, Any]
-    plans: list[Plan]
+    whole: list[Plan]
+    rung: int | None = None
+    """The round after which it pauses, to be compared with others; None: it goes on to its end."""
     missing: set[str] = field(default_factory=set)
     comparing: set[str] = field(default_factory=set)
     """Controls of its tickets that are still to come; one that fails is merely missing from the comparison."""
@@ -79,6 +77,16 @@ class _Trial:
     again: bool = False
     """It is done since an earlier run, and only controls that are missing are tried again."""
     failure: str = ""
+
+    @cached_property
+    def rounds(self) -> int:
+        """How many it asks for."""
+        return max((plan.rounds for plan in self.whole), default=0)
+
+    @property
+    def plans(self) -> list[Plan]:
+        """What is under way of them."""
+        return self.whole if self.rung is None else [plan.until(self.rung) for plan in self.whole]
 
     @property
     def settled(self) -> bool:
@@ -123,24 +131,27 @@ class Driver:
         self.ledger = store.ledger(self.spec.name, lease.epoch)
         self.graph = Graph()
         self.space = self.spec.search_space()
-        self.bounds: list[Bound] = [parse(text, measure=name) for name, text in self.spec.constraints.items()]
-        self.columns = list(
-            dict.fromkeys([*(o.column for o in setting.objectives), *(column_of(b.measure) for b in self.bounds)])
-        )
-        self._values: dict[str, Values] = {
-            key: tuple(values.values()) for key, values in history.measured(store, self.spec.name, self.columns)
-        }
+        self.judge = Judge(setting.objectives, self.spec.constraints)
+        self._values = self.judge.values
+        for key, values in history.measured(store, self.spec.name, self.judge.columns):
+            self._values[key] = tuple(values.values())
         lacking = self._lacking(past)
         if lacking:
             _LOG.warning("outcomes of the study %s are missing; they are looked for in the states", self.spec.name)
             for number in lacking:
                 del past.endings[number]
+        self._unfinished = past.unfinished(self.spec.halving())
+        """Trials of earlier runs that are to go on."""
         self._owners: dict[str, tuple[int, int, int, Mapping[str, Any]]] = {}
         self._trials: dict[int, _Trial] = {}
         self._waiting_for: dict[str, set[int]] = {}
         self._reasons: dict[str, str] = {}
         self._dense: _Trial | None = None
         self._complete: deque[int] = deque()
+        directions = [objective.direction for objective in setting.objectives]
+        self._brackets = past.brackets(self.spec.halving(), directions)
+        self._paused: dict[int, _Trial] = {}
+        """Trials that wait for the verdict on their bracket."""
         self._proposed: deque[Proposal] = deque()
         """Trials that are recorded and have yet to begin."""
         self._finished = False
@@ -154,17 +165,20 @@ class Driver:
         self._told |= {digest(params) for params, _, _ in (*past.added, *setting.warm.told)}
         self._compactor = ThreadPoolExecutor(1, thread_name_prefix="compaction")
         self._compaction: Future[None] | None = None
+        self._room = Room(store, self.spec.name, self.spec.max_store_gb, self.ledger, self._compactor)
+        over = [past.endings[number] for number in past.endings.keys() - {*self._unfinished}]
         self.standing = Standing(
             asked=self.spec.trials,
-            done=sum(e.state == "done" for e in past.endings.values()),
-            epochs_asked=sum(e.epochs for e in past.endings.values() if e.state == "done"),
+            done=sum(ending.state == "done" for ending in over),
+            stopped=sum(ending.state == "stopped" for ending in over),
+            epochs_asked=sum(ending.epochs for ending in over),
             epochs_run=past.epochs_run,
-            stages_asked=sum(e.stages for e in past.endings.values() if e.state == "done"),
+            stages_asked=sum(ending.stages for ending in over),
             stages_run=past.stages_run,
             retries=sum(past.retries.values()),
         )
-        for ended in past.endings.values():
-            if ended.state == "done" and ended.values is not None:
+        for ended in over:
+            if ended.values is not None:
                 self.standing.note(setting.objectives, ended.values)
 
     def run(self) -> Standing:
@@ -185,12 +199,13 @@ class Driver:
             added=[*self.past.added, *self.setting.warm.told],
         )
         to_ask = max(0, self.spec.trials - len(self.past.proposals))
-        for number in self.past.unfinished():
+        for number in self._unfinished:
             self._proposed.append(Proposal(number=number, params=self.past.proposals[number][0], attrs={}))
         with Ahead(proposer, max(1, min(self._window(), to_ask))) as ahead:
             self._ahead = ahead
             try:
                 with _uninterrupted():
+                    self._room.keep(self._under_way, now=True, idle=bool(to_ask or self._proposed))
                     self._begin_dense()
                     self._compare_again()
                 while True:
@@ -199,12 +214,14 @@ class Driver:
                     asked: list[Proposal] = []
                     room = min(window - len(self._trials) - len(self._proposed), to_ask)
                     # A sampler that looks at no result is asked for many proposals, to be recorded at once.
-                    if room > 0 and (learns or room >= min(window // 2, to_ask)):
+                    if room > 0 and not self._room.full and (learns or room >= min(window // 2, to_ask)):
                         asked = self._ask(room, patient=not learns or not self._trials)
                         to_ask = 0 if ahead.exhausted and not asked else to_ask - len(asked)
                     with _uninterrupted():
                         self._propose(asked)
                         self._begin_some(window)
+                        if not (to_ask or self._proposed):
+                            self._brackets.close()
                         self._submit()
                         self._settle()
                     if not (self._segments or self._trials or self._proposed or to_ask or self._complete):
@@ -215,6 +232,8 @@ class Driver:
                         self._hear(events)
                         self._settle()
                         self._record()
+                        idle = bool(to_ask or self._proposed) and not (self._trials or self._segments)
+                        self._room.keep(self._under_way, idle=idle)
                     self.progress.show(self.standing)
                     self._publish()
             finally:
@@ -233,6 +252,11 @@ class Driver:
         if len(self._values) < past.outcomes:
             return list(past.endings)
         return [number for number, ending in past.endings.items() if not there.issuperset(ending.points)]
+
+    def _under_way(self) -> set[str]:
+        """The states of the trials that are under way or wait for others."""
+        trials = (*self._trials.values(), *self._paused.values())
+        return {node.key for trial in trials for plan in trial.plans for node in plan.nodes}
 
     def _begin_dense(self) -> None:
         """The unpruned model of every seed, outside `trials`, with states kept where trials may rewind to."""
@@ -284,7 +308,7 @@ class Driver:
     def _begin_some(self, window: int) -> None:
         """Begin trials for a moment: each asks the store what is there, and workers are not to wait for a thousand."""
         until = time.monotonic() + FLUSH_SECONDS
-        while self._proposed and len(self._trials) < window:
+        while self._proposed and len(self._trials) < window and not self._room.full:
             self._begin(self._proposed.popleft())
             if time.monotonic() >= until:
                 break
@@ -302,15 +326,20 @@ class Driver:
                     self._add(_Trial(number, params, plans, again=True))
 
     def _begin(self, proposal: Proposal) -> None:
-        trial = _Trial(proposal.number, proposal.params, [])
-        try:
-            trial.plans = self._plans(proposal.params)
-        except InputError as error:
-            trial.failure = f"refused: {error}"
+        trial = self._trial(proposal)
+        if trial.failure:
             self._trials[trial.number] = trial
             self._complete.append(trial.number)
             return
+        self._brackets.begin(trial.number, trial.rounds)
+        trial.rung = self._brackets.rule.next_rung(0, trial.rounds)
         self._add(trial)
+
+    def _trial(self, proposal: Proposal) -> _Trial:
+        try:
+            return _Trial(proposal.number, proposal.params, self._plans(proposal.params))
+        except InputError as error:
+            return _Trial(proposal.number, proposal.params, [], failure=f"refused: {error}")
 
     def _plans(self, params: Mapping[str, Any]) -> list[Plan]:
         settings = self.spec.settings(dict(params), self.setting.code)
@@ -350,7 +379,7 @@ class Driver:
         header = self.store.states.header(key) or {}
         if key not in self._values and key in self._owners:
             outcome = json.loads(header.get("outcome", "null"))
-            if outcome is not None and None not in self._asked_of(outcome):
+            if outcome is not None and None not in self.judge.asked_of(outcome):
                 self._outcome(key, outcome)
         return Facts(known=key in self._values, present=bool(header), resumable=header.get("resumable") == "1")
 
@@ -425,12 +454,7 @@ class Driver:
         self._rows["outcomes"].append(
             {**measures, "key": key, "trial": trial, "round": number, "seed": seed, "params": params}
         )
-        self._values[key] = self._asked_of(measures)
-
-    def _asked_of(self, measures: Mapping[str, Any]) -> Values:
-        """The measures that this study's objectives and bounds look at."""
-        metrics = measures.get("metrics") or {}
-        return tuple(measures.get(name, metrics.get(name)) for name in self.columns)
+        self._values[key] = self.judge.asked_of(measures)
 
     def _failed(self, event: Failed) -> None:
         if event.kind == "gone":
@@ -498,16 +522,58 @@ class Driver:
             if number == DENSE_TRIAL:
                 self._settle_dense(trial)
             elif not trial.again:
-                rounds = {} if trial.failure else self._points(trial)
-                trial.failure = trial.failure or self._without_a_number(rounds)
+                rounds = {} if trial.failure else self._reached(trial)
+                trial.failure = trial.failure or self.judge.without_a_number(rounds)
                 if trial.failure:
                     self._settle_failed(trial)
                 else:
-                    self._settle_done(trial, rounds)
+                    self._climb(trial, rounds)
+        self._decide()
+
+    def _reached(self, trial: _Trial) -> Rounds:
+        assert self._dense is not None
+        return self.judge.rounds(trial.plans, self._dense.plans)
+
+    def _climb(self, trial: _Trial, rounds: Rounds) -> None:
+        """Note what the trial reached at the rung where it is, if it is at one; it is done, or pauses there."""
+        reached = max(rounds)
+        if self._brackets.rule.is_rung(reached):
+            values, constraints = rounds[reached]
+            self._brackets.reached(trial.number, reached, values, constraints)
+            detail = {"round": reached, "of": trial.rounds, "values": values, "constraints": constraints}
+            self._event("rung", trial=trial.number, detail=detail)
+        if trial.rung is None:
+            self._settle_done(trial, rounds)
+        else:
+            self._paused[trial.number] = trial
+
+    def _decide(self) -> None:
+        """Go on with the trials that their brackets let go on, and stop the others."""
+        for number, goes_on in self._brackets.decide():
+            trial = self._paused.pop(number, None)
+            if goes_on:
+                self._go_on(trial or self._stopped_before(number))
+            elif trial is not None:
+                self._settle_stopped(trial)
+
+    def _stopped_before(self, number: int) -> _Trial:
+        """A trial that was stopped in an earlier run, where its bracket had fewer trials."""
+        ending = self.past.endings[number]
+        self.standing.stopped -= 1
+        self.standing.epochs_asked -= ending.epochs
+        self.standing.stages_asked -= ending.stages
+        trial = self._trial(Proposal(number=number, params=self.past.proposals[number][0], attrs={}))
+        trial.rung = ending.round
+        return trial
+
+    def _go_on(self, trial: _Trial) -> None:
+        assert trial.rung is not None
+        trial.rung = self._brackets.rule.next_rung(trial.rung, trial.rounds)
+        self._add(trial)
 
     def _dense_is_missing(self) -> bool:
         """Whether a bound is relative to the dense model and that is not measured yet."""
-        return any(bound.factor for bound in self.bounds) and DENSE_TRIAL in self._trials
+        return self.judge.compares_with_dense and DENSE_TRIAL in self._trials
 
     def _settle_dense(self, trial: _Trial) -> None:
         if trial.failure:
@@ -520,26 +586,20 @@ class Driver:
         _LOG.warning("trial %d failed: %s", trial.number, trial.failure)
         self._event("failed", trial=trial.number, detail={"reason": trial.failure})
         self._ahead.tell(trial.number, None, state="failed")
+        self._brackets.over(trial.number)
+
+    def _settle_stopped(self, trial: _Trial) -> None:
+        rounds = self._reached(trial)
+        _, constraints = rounds[max(rounds)]
+        self.standing.stopped += 1
+        self._event("stopped", trial=trial.number, detail=self._ended(trial, rounds))
+        self._ahead.tell(trial.number, None, constraints=constraints, state="stopped")
+        self._learn(trial, rounds)
 
     def _settle_done(self, trial: _Trial, rounds: Rounds) -> None:
-        last = max(rounds)
-        values, constraints = rounds[last]
+        values, constraints = rounds[max(rounds)]
         self.standing.done += 1
-        self.standing.epochs_asked += trial.epochs
-        self.standing.stages_asked += trial.stages
-        self._event(
-            "done",
-            trial=trial.number,
-            detail={
-                "values": values,
-                "constraints": constraints,
-                "epochs": trial.epochs,
-                "stages": trial.stages,
-                "outcomes": len(self._values),
-                "points": [key[:POINT_DIGITS] for plan in trial.plans for _, key in plan.points],
-                "keys": [dict(plan.points)[last] for plan in trial.plans],
-            },
-        )
+        self._event("done", trial=trial.number, detail={"values": values, **self._ended(trial, rounds)})
         tickets = [
             {"seed": seed, **asdict(ticket)}
             for seed, plan in zip(self.spec.seeds, trial.plans, strict=True)
@@ -548,12 +608,32 @@ class Driver:
         if tickets:
             self._event("tickets", trial=trial.number, detail={"params": trial.params, "tickets": tickets})
         self._ahead.tell(trial.number, values, constraints=constraints)
+        self._learn(trial, rounds)
+        self._brackets.over(trial.number)
+
+    def _ended(self, trial: _Trial, rounds: Rounds) -> dict[str, Any]:
+        """What is recorded of a trial that was run to the last of `rounds`."""
+        last = max(rounds)
+        self.standing.epochs_asked += trial.epochs
+        self.standing.stages_asked += trial.stages
+        return {
+            "round": last,
+            "constraints": rounds[last][1],
+            "epochs": trial.epochs,
+            "stages": trial.stages,
+            "outcomes": len(self._values),
+            "points": [key[:POINT_DIGITS] for plan in trial.plans for _, key in plan.points],
+            "keys": [dict(plan.points)[last] for plan in trial.plans],
+        }
+
+    def _learn(self, trial: _Trial, rounds: Rounds) -> None:
+        """Note the best of what was reached, and tell the sampler of the shorter trials in it."""
         for reached, _ in rounds.values():
             self.standing.note(self.setting.objectives, reached)
         if self.spec.sampler in LEARNS:
-            for number, (shorter, held) in rounds.items():
-                if number != last:
-                    self._tell_shorter(trial, number, shorter, held)
+            for number, (values, constraints) in rounds.items():
+                if number != trial.rounds:
+                    self._tell_shorter(trial, number, values, constraints)
 
     def _tell_shorter(
         self, trial: _Trial, rounds: int, values: Sequence[float], constraints: Mapping[str, float]
@@ -572,44 +652,6 @@ class Driver:
             self._event(
                 "shorter", trial=trial.number, detail={"params": params, "values": values, "constraints": constraints}
             )
-
-    def _points(self, trial: _Trial) -> Rounds:
-        """What the trial reached after each of its rounds; means over the seeds."""
-        by_round: dict[int, list[Values]] = {}
-        for plan in trial.plans:
-            for number, key in plan.points:
-                by_round.setdefault(number, []).append(self._values[key])
-        dense = self._dense_means()
-        found: Rounds = {}
-        for number, rows in by_round.items():
-            means = self._means(rows)
-            values = [means[objective.column] for objective in self.setting.objectives]
-            found[number] = values, {str(bound): _violation(bound, means, dense) for bound in self.bounds}
-        return found
-
-    def _without_a_number(self, rounds: Rounds) -> str:
-        """Why a trial that was measured cannot be judged all the same; empty when it can."""
-        values, violations = rounds[max(rounds)]
-        for objective, value in zip(self.setting.objectives, values, strict=True):
-            if not math.isfinite(value):
-                return f"the objective {objective.name} came out as {value}, which is no number to search by"
-        for bound, violation in violations.items():
-            if not math.isfinite(violation):
-                return f"the constraint {bound} cannot be judged: its measure or the dense model's is missing"
-        return ""
-
-    def _dense_means(self) -> dict[str, float]:
-        """The dense model's measures by column; nothing if a seed of it has failed."""
-        assert self._dense is not None
-        keys = [key for plan in self._dense.plans for _, key in plan.points]
-        return self._means([self._values[key] for key in keys]) if all(key in self._values for key in keys) else {}
-
-    def _means(self, rows: Sequence[Values]) -> dict[str, float]:
-        """Means over seeds by column; NaN where a seed has no number."""
-        return {
-            name: fmean(math.nan if value is None else value for value in values)
-            for name, values in zip(self.columns, zip(*rows, strict=True), strict=True)
-        }
 
     def _event(
         self, event: str, *, trial: int | None = None, key: str = "", detail: Mapping[str, Any], worker: str = ""
@@ -659,15 +701,6 @@ class Driver:
         finally:
             self._compactor.shutdown(wait=False)
             self.progress.end(self.standing)
-
-
-def _violation(bound: Bound, means: Mapping[str, float], dense: Mapping[str, float]) -> float:
-    """How far means are beyond a bound; NaN where there is no telling."""
-    name = column_of(bound.measure)
-    reference = dense.get(name, math.nan) if bound.factor else None
-    if math.isnan(means[name]) or (reference is not None and math.isnan(reference)):
-        return math.nan
-    return constraint(bound, means[name], reference)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from search import pareto
 from search.query import Bound, BoundError, nearest_miss, parse, satisfied
 
 if TYPE_CHECKING:
-    from orchestrator.store.ledger import Outcomes
+    from orchestrator.store.tables import Outcomes
 
 Columns = dict[str, NDArray[np.float64]]
 

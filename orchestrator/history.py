@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.outcome import MEASURES
 from orchestrator.store.store import Store
+from search.pareto import Direction
 from search.proposer import Told
+from search.space import Fixed, Space
+from search.stopping import NEVER, Brackets, Halving
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
     """How a trial ended, from its last event."""
 
-    state: str
+    state: Literal["done", "failed", "stopped"]
     values: tuple[float, ...] | None
     constraints: Mapping[str, float]
     epochs: float
@@ -24,6 +27,12 @@ class Ending:
     reason: str = ""
     points: tuple[str, ...] = ()
     """How the keys of its points begin."""
+    round: int = 0
+    """The last one that it came to."""
+
+
+Rung = tuple[int, tuple[float, ...], dict[str, float]]
+"""Of how many rounds the trial was, the objectives' values, and how far each bound was violated."""
 
 
 @dataclass(kw_only=True)
@@ -35,6 +44,8 @@ class History:
     endings: dict[int, Ending] = field(default_factory=dict)
     compared: dict[int, set[str]] = field(default_factory=dict)
     """What the tickets of each trial that is done are compared with, and what they become elsewhere: keys by trial."""
+    rungs: dict[int, dict[int, Rung]] = field(default_factory=dict)
+    """What trials had reached when they were compared, by trial and round."""
     added: list[tuple[dict[str, Any], tuple[float, ...], dict[str, float]]] = field(default_factory=list)
     """Shorter trials that the sampler was told of."""
     epochs_run: float = 0.0
@@ -48,6 +59,16 @@ class History:
     finished: bool = False
     """The last driver to end found nothing more to do."""
 
+    def ask_for(self, space: Space) -> None:
+        """Where the study asks for more rounds of every trial than it did, those that are done with fewer go on."""
+        match space.parameter("rounds") if "rounds" in space.names else None:
+            case Fixed(value=rounds):
+                for number, (params, notes) in self.proposals.items():
+                    if params.get("rounds", rounds) < rounds:
+                        self.proposals[number] = {**params, "rounds": rounds}, notes
+                        if number in self.endings and self.endings[number].round < rounds:
+                            del self.endings[number]
+
     def told(self) -> list[Told]:
         """Every trial for the sampler. A failed one runs again, so to the sampler it is still running."""
         return [self._told(number) for number in sorted(self.proposals)]
@@ -55,7 +76,7 @@ class History:
     def _told(self, number: int) -> Told:
         params, attrs = self.proposals[number]
         ending = self.endings.get(number)
-        if ending is None or ending.state != "done":
+        if ending is None or ending.state == "failed":
             return Told(number=number, params=params, attrs=attrs, state="running")
         return Told(
             number=number,
@@ -63,12 +84,31 @@ class History:
             attrs=attrs,
             values=ending.values,
             constraints=ending.constraints,
-            state="done",
+            state=ending.state,
         )
 
-    def unfinished(self) -> list[int]:
-        """Trials that were proposed and are not done."""
-        return [n for n in sorted(self.proposals) if n not in self.endings or self.endings[n].state != "done"]
+    def unfinished(self, rule: Halving = NEVER) -> list[int]:
+        """Trials that were proposed and are to go on: all but those that are done, or stopped at a rung of `rule`."""
+        return [number for number in sorted(self.proposals) if not self._over(number, rule)]
+
+    def _over(self, number: int, rule: Halving) -> bool:
+        ending = self.endings.get(number)
+        if ending is None:
+            return False
+        return ending.state == "done" or (ending.state == "stopped" and rule.is_rung(ending.round))
+
+    def brackets(self, rule: Halving, directions: Sequence[Direction]) -> Brackets:
+        """Who has come how far among the trials that need no more work."""
+        brackets = Brackets(rule, directions)
+        for number, ending in self.endings.items():
+            if self._over(number, rule):
+                for rung, (rounds, values, constraints) in self.rungs.get(number, {}).items():
+                    if rule.is_rung(rung):
+                        brackets.begin(number, rounds)
+                        brackets.reached(number, rung, values, constraints)
+                if ending.state == "done":
+                    brackets.over(number)
+        return brackets
 
 
 def read(store: Store, study: str) -> History:
@@ -79,9 +119,12 @@ def read(store: Store, study: str) -> History:
     for row in rows(store.table(study, "events")):
         detail = json.loads(row["detail"] or "{}")
         match row["event"]:
-            case "done" | "failed":
-                past.endings[row["trial"]] = ending(row["event"], detail)
+            case "done" | "failed" | "stopped" as state:
+                past.endings[row["trial"]] = ending(state, detail)
                 past.outcomes = max(past.outcomes, detail.get("outcomes", 0))
+            case "rung":
+                reached = detail["of"], tuple(detail["values"]), detail["constraints"]
+                past.rungs.setdefault(row["trial"], {})[detail["round"]] = reached
             case "tickets":
                 past.compared[row["trial"]] = set(_compared(detail["tickets"]))
             case "shorter":
@@ -103,7 +146,7 @@ def read(store: Store, study: str) -> History:
     return past
 
 
-def ending(state: str, detail: Mapping[str, Any]) -> Ending:
+def ending(state: Literal["done", "failed", "stopped"], detail: Mapping[str, Any]) -> Ending:
     """The ending that an event's detail describes."""
     return Ending(
         state=state,
@@ -113,6 +156,7 @@ def ending(state: str, detail: Mapping[str, Any]) -> Ending:
         stages=detail.get("stages", 0),
         reason=detail.get("reason", ""),
         points=tuple(detail.get("points", ())),
+        round=detail.get("round", 0),
     )
 
 

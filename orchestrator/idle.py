@@ -41,6 +41,9 @@ def idle(spec: StudySpec, mixes: Sequence[Settings], info: TaskInfo) -> Iterator
             criterion = name.removeprefix("criteria.").rpartition(".")[0]
             if criterion not in chosen:
                 yield f"space.{name} does nothing in this study: its criterion is never {criterion!r}"
+    rule = spec.halving()
+    if spec.stopping.rule != "none" and not any(rule.next_rung(0, _rounds(settings)) for settings in mixes):
+        yield f"stopping does nothing in this study: no proposal shows more than {rule.min_rounds} rounds"
     if info.norms == 0 and spec.prune.recalibrate:
         yield "prune.recalibrate does nothing in this study: the model has no BatchNorm with running statistics"
 
@@ -59,6 +62,12 @@ def _spreads(settings: Settings) -> bool:
     choices = settings.choices
     every = choices.prune_every is not None or choices.prune_every_steps is not None
     return any(getattr(choices, name) is not None for name in FINAL) and (choices.rounds > 1 or every)
+
+
+def _rounds(settings: Settings) -> int:
+    """After how many rounds a trial shows a point."""
+    choices = settings.choices
+    return choices.rounds if choices.phase == "after" and choices.searches == 1 else 1
 
 
 def _retrains(settings: Settings) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.canonical import finite
 from orchestrator.errors import InputError
-from orchestrator.store.files import without_credentials
+from orchestrator.store.address import without_credentials
 
 _DOINGS = logging.getLogger("orchardist.doings")
 _ROOT = logging.getLogger("orchardist")

@@ -1,6 +1,6 @@
 """One measured state is one row: the measures by name, and the fixed columns of the ledger.
 
-This module is plain data. `store/ledger.py` turns the column tables into Arrow schemas; a golden test pins them.
+This module is plain data. `store/rows.py` turns the column tables into Arrow schemas; a golden test pins them.
 """
 
 from __future__ import annotations

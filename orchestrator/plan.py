@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from orchestrator.ops import Op
+from orchestrator.ops import Op, Train
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,17 +91,50 @@ class Plan:
 
     nodes: tuple[Node, ...]
     points: tuple[tuple[int, str], ...]
-    steps: int
-    """Optimizer steps that the trial would take on its own, in the study's own task."""
-    steps_per_epoch: int
-    elsewhere: tuple[tuple[int, int], ...] = ()
-    """The same, and the steps of an epoch, in each other task."""
+    steps_per_epoch: Mapping[str, int]
+    """By task; empty: the study's own."""
     tickets: tuple[Ticket, ...] = ()
+
+    @cached_property
+    def steps_by_task(self) -> Mapping[str, int]:
+        """Optimizer steps that the trial would take on its own, by task; a training that is cut counts once."""
+        runs: dict[tuple[str, str, Train], int] = {}
+        for node in self.nodes:
+            if isinstance(node.op, Train):
+                run = node.task, node.parents[0], replace(node.op, to=0)
+                runs[run] = max(runs.get(run, 0), node.op.to - node.start)
+        steps = {"": 0}
+        for (task, _, _), taken in runs.items():
+            steps[task] = steps.get(task, 0) + taken
+        return steps
+
+    @property
+    def steps(self) -> int:
+        """Those in the study's own task."""
+        return self.steps_by_task[""]
 
     @property
     def epochs(self) -> float:
         """Epochs of training that the trial would take on its own, in all tasks."""
-        return sum(steps / of for steps, of in ((self.steps, self.steps_per_epoch), *self.elsewhere))
+        return sum(steps / self.steps_per_epoch[task] for task, steps in self.steps_by_task.items())
+
+    @property
+    def rounds(self) -> int:
+        """The number of the last round that it shows."""
+        return max((number for number, _ in self.points), default=0)
+
+    def until(self, last: int) -> Plan:
+        """The same trial ended after its round `last`, whose tickets are compared with nothing yet."""
+        if last >= self.rounds:
+            return self
+        points = tuple((number, key) for number, key in self.points if number <= last)
+        wanted = {key for _, key in points}
+        nodes: list[Node] = []
+        for node in reversed(self.nodes):
+            if node.key in wanted:
+                wanted.update(node.parents)
+                nodes.append(node)
+        return replace(self, nodes=tuple(reversed(nodes)), points=points, tickets=())
 
     @property
     def compared(self) -> dict[str, int]:

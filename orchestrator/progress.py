@@ -21,6 +21,8 @@ class Standing:
     asked: int
     done: int = 0
     failed: int = 0
+    stopped: int = 0
+    """Trials that others of their bracket were better than."""
     running: int = 0
     epochs_asked: float = 0.0
     epochs_run: float = 0.0
@@ -31,6 +33,8 @@ class Standing:
     best: dict[str, float] = field(default_factory=dict)
     last_failure: str = ""
     dense_failure: str = ""
+    remark: str = ""
+    """What else is to be said now, such as that a driver gives no sign of life."""
 
     def note(self, objectives: Sequence[Objective], values: Sequence[float]) -> None:
         """Keep the best value that any trial reached, for each objective."""
@@ -42,7 +46,7 @@ class Standing:
     @property
     def ended(self) -> int:
         """Trials that need no more work."""
-        return self.done + self.failed
+        return self.done + self.failed + self.stopped
 
     def says(self) -> str:
         """One line: trials, epochs run and saved, the best so far."""
@@ -51,10 +55,14 @@ class Standing:
         parts = [f"{self.ended}/{self.asked} trials", f"{epochs} epochs and {stages} stages run{saved}"]
         if self.failed:
             parts.insert(1, f"{self.failed} failed")
+        if self.stopped:
+            parts.insert(1, f"{self.stopped} stopped early")
         if self.retries:
             parts.append(f"{self.retries} tried again")
         if self.best:
             parts.append("best of each: " + ", ".join(f"{name} {value:.4g}" for name, value in self.best.items()))
+        if self.remark:
+            parts.append(self.remark)
         return " · ".join(parts)
 
 

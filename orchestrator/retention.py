@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import history
-from orchestrator.errors import OrchardistError, QueryError, StageFailed
+from orchestrator.errors import OrchardistError, QueryError, StageFailed, StoreError
 from orchestrator.outcome import DENSE_TRIAL
+from orchestrator.store import paths
 from orchestrator.store.checkpoints import Place
-from orchestrator.store.lease import Lease, held
+from orchestrator.store.lease import Pulse, decided
 from orchestrator.store.store import Store
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
     from orchestrator.pools.protocol import Job
+    from orchestrator.store.files import Leftover
+    from orchestrator.store.ledger import Ledger
     from orchestrator.study import Study
     from orchestrator.tasks.info import TaskInfo
 
@@ -28,6 +31,10 @@ _LOG = logging.getLogger("orchardist.retention")
 
 UNPRUNED = frozenset({"Init", "Given", "Train"})
 """The ops behind a state that other trials may rewind to or start from."""
+
+STALE_SECONDS = 6 * 3600.0
+"""By the store's own clock, where it has one: longer than any file takes to be written, and than machines' clocks
+differ that are in use."""
 
 _AT_ONCE = 16
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -44,6 +51,8 @@ class Swept:
     """How many of the study's states are still there."""
     checkpoints: int = 0
     """Trainings in the middle that nobody will go on with; `bytes` counts them, too."""
+    leftovers: int = 0
+    """What killed writers left anywhere in the store; `bytes` counts it, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,24 +68,93 @@ class _Candidate:
     parents: frozenset[str]
 
 
-def sweep(store: Store, study: str, lease: Lease | None) -> Swept:
+class Others:
+    """The other studies of a store, and which of them are being run; see `orchestrator.store.lease` for how it is told.
+
+    To be kept by who asks again and again: drivers on other machines are known from one look to the next.
+    """
+
+    def __init__(self, store: Store, study: str) -> None:
+        self.store = store
+        self.study = study
+        self._pulses: dict[str, Pulse] = {}
+
+    def names(self) -> list[str]:
+        """Those that there are now."""
+        return [name for name in self.store.studies() if name != self.study]
+
+    def running(self, *, at_once: bool) -> set[str]:
+        """Those that may be run at the moment. `at_once` counts whom nothing is known of as running; else drivers on
+        other machines are watched, all at the same time, until they are known to be dead or alive."""
+        pulses = {name: self._pulses.setdefault(name, Pulse(self.store.files, name)) for name in self.names()}
+        look = (lambda pulse: pulse.look().alive) if at_once else (lambda pulse: decided(pulse).alive)
+        return {name for name, alive in zip(pulses, _each(look, pulses.values()), strict=True) if alive is not False}
+
+
+def sweep(
+    store: Store,
+    study: str,
+    ledger: Ledger | None,
+    *,
+    others: Others | None = None,
+    under_way: Collection[str] | None = None,
+) -> Swept:
     """Remove the states of a study that nobody needs: no front, dense model or ticket of any study of the store, no
     trial to rewind to, and no study that is being run.
+
+    A driver on another machine whose counter stands still for 15 s is dead: its study counts as stopped, and goes on
+    from what is left. Who begins to run a study while this is at work is seen before anything is removed; who begins
+    after that finds that a state is gone, and makes it again.
 
     Args:
         store: where the studies are.
         study: whose states are looked at.
-        lease: this process drives the study; without one nothing is removed, only counted.
+        ledger: of this process, which drives the study; without one nothing is removed, only counted.
+        others: what is known of other drivers by now.
+        under_way: the states that trials under way may need, where the study is being run by this very process: then
+            nothing is waited for, and what killed writers left stays for another time.
 
     An outcome is in the merged ledger before its state goes. What is gone is made again when somebody asks for it.
     """
-    if lease is not None:
-        store.ledger(study, lease.epoch).compact()
+    others = others or Others(store, study)
+    if ledger is not None:
+        from orchestrator.store.ledger import GRACE_SECONDS
+
+        ledger.compact(0.0 if under_way is None else GRACE_SECONDS)
+    running = others.running(at_once=under_way is not None)
+    while True:
+        gone, kept = _unneeded(store, study, others.names(), running, under_way or ())
+        left = _checkpoints(store, study, running, ended=False if under_way is not None else None)
+        litter = _litter(store, running) if under_way is None else []
+        now = others.running(at_once=True)
+        if now <= running:
+            break
+        running |= now
+    if ledger is not None:
+        newest = Pulse(store.files, study).look()
+        if newest.epoch > ledger.epoch:
+            by = newest.driver or "another process"
+            raise StoreError(f"study {study} was taken over by {by}: nothing is removed")
+        _each(store.states.delete, [each.key for each in gone])
+        _each(store.checkpoints.delete, left)
+        _each(lambda each: each.remove(), litter)
+    return Swept(
+        study=study,
+        states=len(gone),
+        bytes=sum([*(each.bytes for each in gone), *left.values(), *(each.bytes for each in litter)]),
+        kept=kept,
+        checkpoints=len(left),
+        leftovers=len(litter),
+    )
+
+
+def _unneeded(
+    store: Store, study: str, others: Iterable[str], running: Collection[str], under_way: Collection[str]
+) -> tuple[list[_Candidate], int]:
+    """The study's states that nobody needs, and how many of its states are needed."""
     measured = set(store.table(study, "outcomes", ["key"])["key"].to_pylist())
     candidates = _candidates(store, study, measured)
-    others = [name for name in store.studies() if name != study]
-    running = {name for name in others if held(store.files, name)}
-    needed = _wanted(store, study)
+    needed = _wanted(store, study) | set(under_way)
     for name in others:
         needed |= _keys(store, name) if name in running else _wanted(store, name)
     gone = [
@@ -87,35 +165,50 @@ def sweep(store: Store, study: str, lease: Lease | None) -> Swept:
         # A stage on the way, without an outcome, may be what a running trial goes on from.
         and (each.key in measured if each.measured else not running)
     ]
-    left = _checkpoints(store, study, running)
-    if lease is not None:
-        _each(store.states.delete, [each.key for each in gone])
-        for place in left:
-            store.checkpoints.delete(place)
-    return Swept(
-        study=study,
-        states=len(gone),
-        bytes=sum([*(each.bytes for each in gone), *left.values()]),
-        kept=len(candidates) - len(gone),
-        checkpoints=len(left),
-    )
+    return gone, len(candidates) - len(gone)
 
 
-def _checkpoints(store: Store, study: str, running: Iterable[str]) -> dict[Place, int]:
-    """The study's checkpoints that nobody will go on from, with their sizes: of stages that are done, and all of them
-    once the study has ended, unless another one that is being run may go on from them."""
+def _checkpoints(store: Store, study: str, running: Collection[str], ended: bool | None) -> dict[Place, int]:
+    """The checkpoints that nobody will go on from, with their sizes: the study's own of stages that are done, and all
+    of them once it has ended, unless another one that is being run may go on from them; torn ones, and those of studies
+    that are no more, once they are so old that nobody can be writing them."""
     found: dict[Place, int] = {}
-    ended: bool | None = None
+    studies: set[str] | None = None
     for place in store.checkpoints.places():
-        if store.checkpoints.study(place) != study:
-            continue
-        if ended is None:
-            ended = not running and history.read(store, study).finished
-        header = store.states.header(place.key) or {}
-        if ended or header.get("resumable") == "1":
-            with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
+            owner = store.checkpoints.study(place)
+            if owner == study:
+                if ended is None:
+                    ended = not running and history.read(store, study).finished
+                header = store.states.header(place.key) or {}
+                if ended or header.get("resumable") == "1":
+                    found[place] = store.checkpoints.size(place)
+                continue
+            if studies is None:
+                studies = set(store.studies())
+            if (owner is None or owner not in studies) and _is_stale(store, place):
                 found[place] = store.checkpoints.size(place)
     return found
+
+
+def _is_stale(store: Store, place: Place) -> bool:
+    try:
+        return store.checkpoints.age(place) >= STALE_SECONDS
+    except StoreError:  # it does not say
+        return False
+
+
+def _litter(store: Store, running: Collection[str]) -> list[Leftover]:
+    """What killed writers left. The handshake of a driver is in use for as long as it runs, for days perhaps."""
+    try:
+        return [
+            each
+            for each in store.files.leftovers(paths.HANDSHAKE)
+            if each.age_seconds >= STALE_SECONDS and not (running and each.path.startswith(paths.HANDSHAKE))
+        ]
+    except StoreError as error:  # the age of things is found out by writing one
+        _LOG.warning("what killed writers may have left in the store %s stays: %s", store.name, error)
+        return []
 
 
 def remake(study: Study, job: Job, row: Mapping[str, Any]) -> bytes:
@@ -236,7 +329,7 @@ def _look(store: Store) -> Callable[[str], _Candidate | None]:
     return look
 
 
-def _each(act: Callable[[str], Any], keys: Iterable[str]) -> Iterator[Any]:
-    """`act` on every key, several at a time: an object store takes its time for each."""
+def _each(act: Callable[[Any], Any], things: Iterable[Any]) -> Iterator[Any]:
+    """`act` on everything, several at a time: an object store takes its time for each."""
     with ThreadPoolExecutor(_AT_ONCE) as threads:
-        return iter(list(threads.map(act, keys)))
+        return iter(list(threads.map(act, things)))

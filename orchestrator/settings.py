@@ -117,6 +117,19 @@ class PruneSettings(Section):
         return factors
 
 
+class StoppingSettings(Section):
+    """`[stopping]`: which trials are not run to their end; see `search.stopping`."""
+
+    rule: Literal["none", "halving"] = Field(
+        default="none", description="halving: after some rounds only the best trials of each bracket go on"
+    )
+    reduction_factor: Whole = Field(
+        default=3, ge=2, le=1000, description="one trial of so many goes on; the next rung is so many times as far"
+    )
+    min_rounds: Whole = Field(default=1, ge=1, le=10**6, description="rounds before trials are first compared")
+    bracket: Whole = Field(default=27, ge=2, le=10**6, description="so many trials compete with each other")
+
+
 class OtherTask(Section):
     """`[[tickets.tasks]]`: another task, for searches on several tasks and for tickets that are tried on another."""
 

@@ -8,6 +8,7 @@ import random
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,12 +20,14 @@ from orchestrator.mixes import resolve
 from orchestrator.pruning import criteria
 from orchestrator.pruning.patterns import UNITS
 from orchestrator.settings import (
+    FINAL,
     IN_SPACE,
     Number,
     OtherTask,
     PruneSettings,
     Section,
     Settings,
+    StoppingSettings,
     TicketSettings,
     TrainSettings,
     Whole,
@@ -34,11 +37,12 @@ from orchestrator.settings import (
 from orchestrator.store.paths import is_study
 from search.proposer import SAMPLERS
 from search.query import BoundError, parse
-from search.space import Choice, Parameter, Range, Space, SpaceError, flatten
+from search.space import Choice, Fixed, Parameter, Range, Space, SpaceError, flatten
 from search.space import parse as parse_space
+from search.stopping import NEVER, Halving
 
 CHECKPOINTS = (".safetensors", ".pt", ".pth", ".bin")
-OPEN = ("trials", "enqueue", "keep", "checkpoint_minutes", "timeout_seconds")
+OPEN = ("trials", "enqueue", "keep", "stopping", "max_store_gb", "checkpoint_minutes", "timeout_seconds")
 """What may change from one run of a study to the next."""
 
 MOST_MIXES = 1000
@@ -66,6 +70,11 @@ class StudySpec(Section):
     keep: Literal["all", "front"] = Field(
         default="all", description="the states that stay when the study has ended; others are made again when asked for"
     )
+    max_store_gb: Number = Field(
+        default=0,
+        ge=0,
+        description="with more states in the store those that nothing needs go, or no trial begins; 0: no limit",
+    )
     checkpoint_minutes: Number = Field(
         default=10, ge=0, description="a training is made durable this often, so that it can go on from there; 0: never"
     )
@@ -82,6 +91,7 @@ class StudySpec(Section):
     train: TrainSettings = TrainSettings()
     prune: PruneSettings = PruneSettings()
     tickets: TicketSettings = TicketSettings()
+    stopping: StoppingSettings = StoppingSettings()
     space: dict[str, Any] = Field(
         default={}, description="what the sampler chooses; a list is a choice, a plain value is fixed"
     )
@@ -229,6 +239,12 @@ class StudySpec(Section):
         needed = {need for name in names if isinstance(name, str) for need in criteria.needs(criteria.CRITERIA[name])}
         return tuple(need for need in (*criteria.FROM_DATA, *criteria.FROM_STATE) if need in needed)
 
+    def halving(self) -> Halving:
+        """Where trials pause, and how many of them go on; without a rule every trial runs to its end."""
+        if self.stopping.rule == "none":
+            return NEVER
+        return Halving(**self.stopping.model_dump(exclude={"rule"}))
+
     def settings(self, params: Mapping[str, Any], code: Mapping[str, str] | None = None) -> Settings:
         """One proposal's parameters laid over the study's constants; raises PlanError for a mix without sense."""
         return resolve(self.train, self.prune, params, code, self.tickets)
@@ -279,6 +295,29 @@ class StudySpec(Section):
         """
         plain = self.model_dump(exclude=set(OPEN), exclude_defaults=True)
         return digest(plain | ({"space": json.dumps(self.space)} if self.space else {}))
+
+    def goes_on_from(self, before: StudySpec) -> bool:
+        """Whether this is the study `before` with more rounds: a higher number, or a range or choice that has more.
+
+        With a higher number every trial goes on from its last round, so that the rounds before must not depend on it:
+        not under a final sparsity, nor where pruning is not done after training.
+        """
+        old, new = (spec.search_space() for spec in (before, self))
+        if "rounds" not in {*old.names} & {*new.names}:
+            return False
+        as_before = self.model_copy(update={"space": self.space | {"rounds": before.space["rounds"]}})
+        if as_before.digest() != before.digest():
+            return False
+        match old.parameter("rounds"), new.parameter("rounds"):
+            case Fixed() as one, Fixed() as other:
+                fixed = {"phase": "after", "searches": 1}
+                on_the_way = all({*(new.possible(name) or ())} <= {value} for name, value in fixed.items())
+                return one.when == other.when and other.value > one.value and on_the_way and not {*FINAL} & {*new.names}
+            case Choice() as one, Choice() as other:
+                return one.when == other.when and {*one.values} < {*other.values}
+            case Range() as one, Range() as other:
+                return replace(one, high=other.high) == other and other.high > one.high
+        return False
 
     def to_toml(self) -> str:
         """The study as TOML, for studies that were made in Python."""
@@ -358,6 +397,7 @@ def _legal(line: str) -> str:
         "train": TrainSettings,
         "prune": PruneSettings,
         "tickets": TicketSettings,
+        "stopping": StoppingSettings,
         "tickets.tasks": OtherTask,
     }
     known = sections[table].model_fields if table in sections else {}

@@ -21,7 +21,7 @@ from orchestrator.planning.trial import trial_plan
 from orchestrator.progress import Progress, Standing
 from orchestrator.spec import OPEN, StudySpec, mix_refused, read_text
 from orchestrator.store import paths
-from orchestrator.store.lease import Lease, acquire, beating, held, this_process
+from orchestrator.store.lease import Lease, Pulse, acquire, beating, decided, this_process
 from orchestrator.store.paths import DEFAULT_STORE
 from orchestrator.store.store import Store
 from search.proposer import preload
@@ -143,15 +143,16 @@ class Study:
                     self._check(setting)
                     setting = replace(setting, warm=self._warm_start(setting))
                 lease.check()  # workers may take so long to come that another driver is there first
-                self._write(setting)
+                self._write(setting, lease)
                 # What an older driver still writes from here on decides nothing any more.
                 self.store.ledger(self.spec.name, lease.epoch).compact(GRACE_SECONDS)
                 past = history.read(self.store, self.spec.name)
+                past.ask_for(self.spec.search_space())
                 standing = Driver(setting, self.store, pool, lease, past, progress).run()
                 if self.spec.keep == "front":
                     from orchestrator.retention import sweep
 
-                    sweep(self.store, self.spec.name, lease)
+                    sweep(self.store, self.spec.name, self.store.ledger(self.spec.name, lease.epoch))
                 return standing
         finally:
             if ours:
@@ -217,14 +218,26 @@ class Study:
         """Every outcome, as a `pandas.DataFrame`; parameters and metrics are JSON in the columns of that name."""
         return self.table().to_pandas()
 
-    def status(self) -> dict[str, Any]:
-        """How the study stands by its ledger: the document that `orchardist status --format json` prints."""
+    def pulse(self) -> Pulse:
+        """The study's driver, to be observed from look to look."""
+        return Pulse(self.store.files, self.spec.name)
+
+    def status(self, pulse: Pulse | None = None) -> dict[str, Any]:
+        """How the study stands by its ledger: the document that `orchardist status --format json` prints.
+
+        Args:
+            pulse: what was seen of the driver before, from another call's `pulse`: then nothing is waited for, and
+                `alive` is None while it is not known. Without it a driver on another machine is watched until it is,
+                up to 15 s.
+        """
         from orchestrator.pools.protocol import RETRIED
 
-        alive = held(self.store.files, self.spec.name)
+        sign = decided(self.pulse()) if pulse is None else pulse.look()
+        alive = sign.alive is not False
         past = history.read(self.store, self.spec.name)
         done = [ending for ending in past.endings.values() if ending.state == "done"]
         failed = {number: e.reason for number, e in past.endings.items() if e.state == "failed"}
+        stopped = [ending for ending in past.endings.values() if ending.state == "stopped"]
         ended = past.finished and len(past.endings) >= len(past.proposals)
         best = Standing(asked=self.spec.trials)
         for ending in done:
@@ -237,12 +250,13 @@ class Study:
                 "done": len(done),
                 "running": len(past.proposals) - len(past.endings) if alive else 0,
                 "failed": len(failed),
-                "stopped": 0,
+                "stopped": len(stopped),
             },
-            "epochs": {"asked": sum(e.epochs for e in done), "run": past.epochs_run},
-            "stages": {"asked": sum(e.stages for e in done), "run": past.stages_run},
+            "epochs": {"asked": sum(e.epochs for e in past.endings.values()), "run": past.epochs_run},
+            "stages": {"asked": sum(e.stages for e in past.endings.values()), "run": past.stages_run},
             "retries": dict.fromkeys(RETRIED, 0) | past.retries,
             "best": best.best,
+            "driver": sign.as_json(),
             "failures": failed,
         }
 
@@ -329,7 +343,7 @@ class Study:
         lease = acquire(self.store.files, self.spec.name, **this_process())
         try:
             with beating(lease):
-                return sweep(self.store, self.spec.name, lease)
+                return sweep(self.store, self.spec.name, self.store.ledger(self.spec.name, lease.epoch))
         finally:
             lease.release()
 
@@ -357,20 +371,24 @@ class Study:
         if found is None or noted is None or noted == self.spec.digest():
             return
         changes = self._changes_since(found[0])
+        if not changes:
+            return
         more = f"; and {len(changes) - _CHANGES_SHOWN} more" if len(changes) > _CHANGES_SHOWN else ""
         with self._naming_its_file():
             raise SpecError(
                 f"the study {self.spec.name!r} in the store {self.store.name} was made from another study file: "
                 f"{'; '.join(changes[:_CHANGES_SHOWN])}{more}\n"
-                "legal: another name, or change only trials and [[enqueue]]"
+                "legal: another name, or change only trials, [[enqueue]] and [stopping], or ask for more rounds"
             )
 
     def _changes_since(self, text: str) -> list[str]:
-        """What makes this study another one than the study file of before describes."""
+        """What makes this study another one than the study file of before describes; nothing if it goes on from it."""
         try:
             before = StudySpec.parse(text)
         except SpecError as error:
             return [f"the stored one cannot be read any more ({str(error).splitlines()[0]})"]
+        if self.spec.goes_on_from(before):
+            return []
         old, new = (spec.model_dump(exclude=set(OPEN), mode="json") for spec in (before, self.spec))
         changes = list(_changes(old, new))
         if not changes and json.dumps(before.space) != json.dumps(self.spec.space):
@@ -509,7 +527,7 @@ class Study:
         noted = self.noted().get("warm_start") or resolve(self.store, setting).as_json()
         return WarmStart.from_json(json.loads(json.dumps(noted)))
 
-    def _write(self, setting: Setting) -> None:
+    def _write(self, setting: Setting, lease: Lease) -> None:
         meta = {
             "digest": self.spec.digest(),
             **_noted(setting.info),
@@ -521,7 +539,7 @@ class Study:
             **({"warm_start": setting.warm.as_json()} if self.spec.warm_start else {}),
         }
         self._meta = meta
-        self.store.write_study(self.spec.name, self._text or self.spec.to_toml(), meta)
+        self.store.write_study(self.spec.name, self._text or self.spec.to_toml(), meta, lease.look)
 
 
 def _noted(info: TaskInfo) -> dict[str, Any]:
@@ -571,7 +589,7 @@ def _shown(value: Any) -> str:
 def _import_ahead(sampler: str) -> None:
     """Import what the loop will need, for a thread of its own."""
     import orchestrator.driver  # noqa: F401
-    from orchestrator.store.ledger import SCHEMAS
+    from orchestrator.store.rows import SCHEMAS
 
     SCHEMAS["events"].empty_table()  # the first table has pyarrow import pandas, where there is one
     preload(sampler)

@@ -21,7 +21,7 @@ from orchestrator.planning.trial import trial_plan
 from orchestrator.settings import IN_SPACE, Choices, TrainSettings
 from orchestrator.spec import StudySpec
 from orchestrator.store.store import Store
-from search.pareto import Direction, crowding, ranks
+from search.pareto import Direction, best_first
 from search.proposer import LEARNS
 from search.space import Choice, Range, SpaceError
 
@@ -244,9 +244,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _best_first(trials: Sequence[_Trial], directions: Sequence[Direction]) -> list[_Trial]:
     """The least violation first, then the lowest rank, then the loneliest; of equal ones the earliest."""
-    values = np.array([trial.values for trial in trials], dtype=np.float64)
-    violation = np.array([sum(max(value, 0.0) for value in trial.constraints.values()) for trial in trials])
-    order = np.lexsort((-crowding(values, directions), ranks(values, directions), violation))
+    order = best_first([trial.values for trial in trials], [trial.constraints for trial in trials], directions)
     return list(_once(trials[index] for index in order))
 
 

@@ -8,7 +8,7 @@ fully measured: it dominates nothing, is on no front and adds no volume.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -73,6 +73,28 @@ def crowding(values: ArrayLike, directions: Sequence[Direction]) -> Floats:
         alone[order[[0, -1]]] = np.inf
         alone[order[1:-1]] += (ordered[2:] - ordered[:-2]) / spread
     return alone
+
+
+def best_first(
+    values: ArrayLike, constraints: Sequence[Mapping[str, float]], directions: Sequence[Direction]
+) -> Indices:
+    """The indices of all rows from the best on: the least violation, then the lowest rank, then the loneliest of it.
+
+    Args:
+        values: (n, m).
+        constraints: for each row how far it is beyond each bound; 0 or less where it keeps it.
+        directions: one for each column of `values`.
+
+    Equal rows keep their order.
+    """
+    costs = np.array([sum(max(value, 0.0) for value in each.values()) for each in constraints])
+    rank = ranks(values, directions)
+    array = np.asarray(values, dtype=np.float64)
+    alone = np.zeros(len(rank))
+    for level in np.unique(rank):
+        alone[rank == level] = crowding(array[rank == level], directions)
+    order: Indices = np.lexsort((-alone, rank, costs))
+    return order
 
 
 def hypervolume(values: ArrayLike, directions: Sequence[Direction], reference: Sequence[float]) -> float:

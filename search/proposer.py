@@ -19,9 +19,7 @@ from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
-import numpy as np
-
-from search.pareto import DIRECTIONS, Direction, crowding, ranks
+from search.pareto import DIRECTIONS, Direction, best_first
 from search.space import Choice, Range, Space, flatten
 
 if TYPE_CHECKING:
@@ -578,10 +576,8 @@ def _best_first(
     """Done trials from the best on: the least violation, then the lowest rank, then the loneliest."""
     if not trials:
         return []
-    values = np.array([told.values for _, told in trials], dtype=np.float64)
-    violation = np.array([sum(max(value, 0.0) for value in told.constraints.values()) for _, told in trials])
-    rank = ranks(values, directions)
-    order = np.lexsort((-crowding(values, directions), rank, violation))
+    values = [told.values or () for _, told in trials]
+    order = best_first(values, [told.constraints for _, told in trials], directions)
     return [trials[index] for index in order]
 
 

@@ -38,6 +38,7 @@ def head(folder: Path) -> Iterator[tuple[str, str]]:
     environment = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
+        "PYTHONPATH": ROOT,  # what its nodes run is what these tests test, wherever another copy is installed
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
     environment.pop("RAY_ADDRESS", None)
@@ -73,6 +74,8 @@ class Nodes:
         self.folder = folder
         # Ray puts sockets there, whose paths must be short.
         self._temporary = Path(tempfile.mkdtemp(prefix="ray-"))
+        self.scaled = self._temporary / "session_latest" / "logs" / "monitor.log"
+        """What the autoscaler says, where there is one."""
         port = _free_port()
         self.address = f"127.0.0.1:{port}"
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -164,6 +167,17 @@ def nodes(folder: Path) -> Iterator[Nodes]:
         yield found
     finally:
         found.end()
+
+
+@contextmanager
+def explained(*logs: Path) -> Iterator[None]:
+    """What fails within the block says how these files end: what they tell is gone afterwards."""
+    try:
+        yield
+    except (AssertionError, subprocess.TimeoutExpired) as error:
+        for path in logs:
+            error.add_note(f"--- {path} ends with:\n{path.read_text()[-3000:] if path.exists() else 'no such file'}")
+        raise
 
 
 def until(true: Callable[[], object], seconds: float, what: str) -> None:

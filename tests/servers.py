@@ -23,7 +23,7 @@ _START_SECONDS = 60.0
 # What SeaweedFS listens at beside S3, all of it on loopback.
 _PORTS = ("master", "volume", "filer", "webdav", "admin")
 _GRPC = ("master", "volume", "filer", "admin", "s3")
-_OTHER = ("s3.port.iceberg", "metricsPort")
+_OTHER = ("s3.port.iceberg", "s3.port.lance", "metricsPort")
 
 
 class Server:

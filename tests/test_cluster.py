@@ -7,6 +7,8 @@ import re
 import shlex
 import subprocess
 import time
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,39 @@ def test_workers_in_the_cloud_start_from_none_on_spot_machines(name: str) -> Non
     )
 
 
+def test_what_only_aws_asks_for_is_there() -> None:
+    """Ray's schema knows nothing of it: a missing image or role shows when the first machine is to start."""
+    from ray.autoscaler._private.aws.config import DEFAULT_AMI
+
+    config = read("aws.yaml")
+    for node in config["available_node_types"].values():
+        machine = node["node_config"]
+        assert machine["InstanceType"] and machine["IamInstanceProfile"]["Name"] == "YOUR_INSTANCE_PROFILE"
+        assert "ImageId" in machine or config["provider"]["region"] in DEFAULT_AMI
+        assert machine["BlockDeviceMappings"][0]["Ebs"]["VolumeSize"] >= 100, "an image with CUDA takes tens of GB"
+
+
+def test_what_only_google_asks_for_is_there() -> None:
+    config = read("gcp.yaml")
+    provider = config["provider"]
+    assert provider["project_id"] == "YOUR_PROJECT" and provider["availability_zone"].startswith(provider["region"])
+    for node in config["available_node_types"].values():
+        machine = node["node_config"]
+        assert machine["machineType"] and machine["serviceAccounts"][0]["scopes"]
+        (disk,) = machine["disks"]
+        assert disk["boot"] and disk["initializeParams"]["sourceImage"].startswith("projects/")
+        if "guestAccelerators" in machine:
+            assert {"onHostMaintenance": "TERMINATE"} in machine["scheduling"], "a machine with a GPU cannot be moved"
+
+
+def test_what_only_machines_of_one_s_own_ask_for_is_there() -> None:
+    config = read("on-premise.yaml")
+    provider = config["provider"]
+    assert provider["head_ip"] and len(provider["worker_ips"]) == config["max_workers"]
+    assert "available_node_types" not in config, "Ray makes its own of the addresses"
+    assert "-v /shared:/shared" in config["docker"]["run_options"], "the store is a folder that all of them mount"
+
+
 def cluster_of(name: str) -> dict[str, Any]:
     manifest = read(name)
     assert manifest["apiVersion"] == "ray.io/v1"
@@ -84,75 +119,155 @@ def cluster_of(name: str) -> dict[str, Any]:
 
 MANIFESTS = ["raycluster.yaml", "rayjob.yaml"]
 
-# Fields of KubeRay 1.6's ray.io/v1, and of a pod what is used here: Kubernetes drops a misspelt one with a warning.
-FIELDS: dict[str, str] = {
-    "manifest": "apiVersion kind metadata spec",
-    "RayJobSpec": "activeDeadlineSeconds backoffLimit rayClusterSpec submitterPodTemplate metadata clusterSelector "
-    "submitterConfig managedBy deletionStrategy entrypoint runtimeEnvYAML jobId submissionMode entrypointResources "
-    "entrypointNumCpus entrypointNumGpus ttlSecondsAfterFinished shutdownAfterJobFinishes suspend",
-    "RayClusterSpec": "suspend managedBy autoscalerOptions headServiceAnnotations enableInTreeAutoscaling authOptions "
-    "gcsFaultToleranceOptions headGroupSpec rayVersion workerGroupSpecs",
-    "AuthOptions": "mode secretName enableK8sTokenAuth",
-    "AutoscalerOptions": "resources image imagePullPolicy securityContext idleTimeoutSeconds upscalingMode version env "
-    "envFrom volumeMounts",
-    "HeadGroupSpec": "template headService enableIngress labels resources rayStartParams serviceType",
-    "WorkerGroupSpec": "groupName replicas minReplicas maxReplicas numOfHosts idleTimeoutSeconds suspend labels "
-    "resources rayStartParams template scaleStrategy",
-    "PodTemplateSpec": "metadata spec",
-    "PodSpec": "restartPolicy terminationGracePeriodSeconds nodeSelector tolerations volumes containers",
-    "Toleration": "key operator value effect tolerationSeconds",
-    "Container": "name image ports env envFrom volumeMounts resources",
-    "VolumeMount": "name mountPath subPath readOnly",
-    "ResourceRequirements": "requests limits",
+# What the manifests use of KubeRay's ray.io/v1 (1.6) and of Kubernetes' core/v1, read off their definitions: Kubernetes
+# drops a misspelt field with a warning at most. "name!" must be there; a set holds the legal words; a string names
+# another kind; TEXTS and QUANTITIES are maps whose values must be text, however much like numbers they look.
+TEXTS, QUANTITIES = "texts", "quantities"
+KINDS: dict[str, dict[str, Any]] = {
+    "RayCluster": {"apiVersion!": {"ray.io/v1"}, "kind!": {"RayCluster"}, "metadata!": "Meta", "spec!": "ClusterSpec"},
+    "RayJob": {"apiVersion!": {"ray.io/v1"}, "kind!": {"RayJob"}, "metadata!": "Meta", "spec!": "JobSpec"},
+    "Meta": {"name!": str, "namespace": str, "labels": TEXTS, "annotations": TEXTS},
+    "JobSpec": {
+        "entrypoint!": str,
+        "rayClusterSpec!": "ClusterSpec",
+        "backoffLimit": int,
+        "activeDeadlineSeconds": int,
+        "shutdownAfterJobFinishes": bool,
+        "ttlSecondsAfterFinished": int,
+        "submissionMode": {"K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"},
+        "runtimeEnvYAML": str,
+        "suspend": bool,
+    },
+    "ClusterSpec": {
+        "rayVersion!": str,
+        "authOptions": "Auth",
+        "enableInTreeAutoscaling": bool,
+        "autoscalerOptions": "Autoscaler",
+        "headGroupSpec!": "Head",
+        "workerGroupSpecs!": ["Workers"],
+        "suspend": bool,
+    },
+    "Auth": {"mode": {"disabled", "token"}, "secretName": str, "enableK8sTokenAuth": bool},
+    "Autoscaler": {
+        "version": {"v1", "v2"},
+        "idleTimeoutSeconds": int,
+        "upscalingMode": {"Default", "Aggressive", "Conservative"},
+        "resources": "Resources",
+        "image": str,
+    },
+    "Head": {"rayStartParams": TEXTS, "labels": TEXTS, "template!": "Template", "serviceType": str},
+    "Workers": {
+        "groupName!": str,
+        "replicas": int,
+        "minReplicas!": int,
+        "maxReplicas!": int,
+        "idleTimeoutSeconds": int,
+        "labels": TEXTS,
+        "rayStartParams": TEXTS,
+        "template!": "Template",
+    },
+    "Template": {"metadata": "Meta", "spec!": "Pod"},
+    "Pod": {
+        "restartPolicy": {"Always", "OnFailure", "Never"},
+        "terminationGracePeriodSeconds": int,
+        "serviceAccountName": str,
+        "nodeSelector": TEXTS,
+        "tolerations": ["Toleration"],
+        "volumes": ["Volume"],
+        "containers!": ["Container"],
+    },
+    "Toleration": {
+        "key": str,
+        "operator": {"Exists", "Equal"},
+        "value": str,
+        "effect": {"NoSchedule", "PreferNoSchedule", "NoExecute"},
+        "tolerationSeconds": int,
+    },
+    "Volume": {"name!": str, "configMap": "Named", "persistentVolumeClaim": "Claim"},
+    "Claim": {"claimName!": str, "readOnly": bool},
+    "Named": {"name!": str, "optional": bool},
+    "Container": {
+        "name!": str,
+        "image!": str,
+        "ports": ["Port"],
+        "env": ["Variable"],
+        "envFrom": ["Variables"],
+        "volumeMounts": ["Mount"],
+        "resources!": "Resources",
+    },
+    "Port": {"containerPort!": int, "name": str, "protocol": str},
+    "Variable": {"name!": str, "value": str},
+    "Variables": {"secretRef": "Named", "configMapRef": "Named", "prefix": str},
+    "Mount": {"name!": str, "mountPath!": str, "subPath": str, "readOnly": bool},
+    "Resources": {"requests": QUANTITIES, "limits": QUANTITIES},
 }
+QUANTITY = re.compile(r"\d+(\.\d+)?(m|[kMGTPE]|[KMGTPE]i)?")
 
 
-def unknown_fields(kind: str, found: dict[str, Any]) -> set[str]:
-    return {f"{kind}.{name}" for name in set(found) - set(FIELDS[kind].split())}
+def wrong(kind: Any, found: Any, where: str = "") -> set[str]:
+    """The places within `found` that its kind does not allow."""
+    if isinstance(kind, list):
+        items = found if isinstance(found, list) else []
+        inner = {place for n, item in enumerate(items) for place in wrong(kind[0], item, f"{where}[{n}]")}
+        return inner if items else {where}
+    if isinstance(kind, set):
+        return set() if found in kind else {where}
+    if isinstance(kind, type):
+        return set() if type(found) is kind else {where}
+    if not isinstance(found, dict):
+        return {where}
+    if kind in (TEXTS, QUANTITIES):
+        legal = re.compile(".*") if kind == TEXTS else QUANTITY
+        return {f"{where}.{name}" for name, v in found.items() if not (isinstance(v, str) and legal.fullmatch(v))}
+    fields = {name.rstrip("!"): value for name, value in KINDS[kind].items()}
+    missing = {f"{where}.{name[:-1]}" for name in KINDS[kind] if name.endswith("!") and name[:-1] not in found}
+    unknown = {f"{where}.{name}" for name in found.keys() - fields.keys()}
+    inner = {place for n in found.keys() & fields.keys() for place in wrong(fields[n], found[n], f"{where}.{n}")}
+    return missing | unknown | inner
 
 
-def misspelt(manifest: dict[str, Any]) -> set[str]:
-    """Fields of a RayCluster or a RayJob that its kind does not have."""
-    found = unknown_fields("manifest", manifest)
-    spec = manifest["spec"]
-    if manifest["kind"] == "RayJob":
-        found |= unknown_fields("RayJobSpec", spec)
-        spec = spec["rayClusterSpec"]
-    found |= unknown_fields("RayClusterSpec", spec) | unknown_fields("AuthOptions", spec["authOptions"])
-    found |= unknown_fields("AutoscalerOptions", spec["autoscalerOptions"])
-    groups = [("HeadGroupSpec", spec["headGroupSpec"]), *(("WorkerGroupSpec", g) for g in spec["workerGroupSpecs"])]
-    for kind, group in groups:
-        pod = group["template"]["spec"]
-        found |= unknown_fields(kind, group) | unknown_fields("PodTemplateSpec", group["template"])
-        found |= unknown_fields("PodSpec", pod)
-        for toleration in pod.get("tolerations", ()):
-            found |= unknown_fields("Toleration", toleration)
-        for container in pod["containers"]:
-            found |= unknown_fields("Container", container)
-            found |= unknown_fields("ResourceRequirements", container["resources"])
-            for mount in container.get("volumeMounts", ()):
-                found |= unknown_fields("VolumeMount", mount)
-    return found
+def places(found: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path to every field within a manifest."""
+    for name, inner in (
+        found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+    ):
+        if isinstance(found, dict):
+            yield (*place, name)
+        yield from places(inner, (*place, name))
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_every_field_of_a_manifest_is_one_of_its_kind(name: str) -> None:
-    assert not misspelt(read(name))
-
-
-def test_canary_a_misspelt_field_is_seen() -> None:
-    manifest = read("rayjob.yaml")
-    manifest["spec"]["backOffLimit"] = 3
-    manifest["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["toleration"] = []
-    assert misspelt(manifest) == {"RayJobSpec.backOffLimit", "PodSpec.toleration"}
+    manifest = read(name)
+    assert not wrong(manifest["kind"], manifest)
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_numbers_that_kubernetes_wants_as_words_are_words(name: str) -> None:
+def test_canary_any_misspelt_field_and_any_value_of_another_type_is_seen(name: str) -> None:
+    free = {"rayStartParams", "labels", "nodeSelector", "requests", "limits"}
+    sound = read(name)
+    for place in places(sound):
+        for planted in ("name", "value"):
+            inner = manifest = deepcopy(sound)
+            for step in place[:-1]:
+                inner = inner[step]
+            if planted == "value":
+                inner[place[-1]] = 1.5
+            elif free & set(place[:-1]):
+                continue  # users choose these names
+            else:
+                inner[f"{place[-1]}s"] = inner.pop(place[-1])
+            assert wrong(sound["kind"], manifest), (place, planted)
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_what_a_container_mounts_is_among_its_pod_s_volumes(name: str) -> None:
     spec = cluster_of(name)
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-        assert all(isinstance(value, str) for value in group.get("labels", {}).values())
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod.get("volumes", ())}
+        mounted = {mount["name"] for one in pod["containers"] for mount in one.get("volumeMounts", ())}
+        assert mounted == volumes
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
@@ -212,16 +327,18 @@ def test_the_slurm_script_is_a_script() -> None:
     assert path.stat().st_mode & 0o111
 
 
-SAYS = 'echo "python $*" >> "$SAID"; exit 3'
+JOINED = 'while ! grep -q "^ray start --block" "$SAID"; do /bin/sleep 0.05; done'
+SAYS = f'{JOINED}; echo "python $*" >> "$SAID"; exit 3'
 SLEEPS = 'trap "echo stopped >> $SAID; exit 130" TERM; touch "$SAID.up"; while :; do sleep 0.05; done'
 
 
-def slurm(folder: Path, driver: str, *arguments: str) -> subprocess.Popen[str]:
+def slurm(folder: Path, driver: str, *arguments: str, ray: str = "true") -> subprocess.Popen[str]:
     """The script, with an srun that runs its command right here, and a ray and a python that say what they are told."""
     for name, text in {
         "scontrol": 'printf "node1\\nnode2\\n"',
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
-        "ray": 'echo "ray $*" >> "$SAID"',
+        "ray": f'echo "ray $*" >> "$SAID"; echo "cores of a step: $SRUN_CPUS_PER_TASK" >> "$SAID"; {ray}',
+        "sleep": "",
         "python": f'if [ "$1" = -c ]; then echo token; else {driver}; fi',
     }.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -239,7 +356,7 @@ def slurm(folder: Path, driver: str, *arguments: str) -> subprocess.Popen[str]:
 
 def test_the_slurm_script_starts_ray_and_ends_as_the_study_does(tmp_path: Path) -> None:
     process = slurm(tmp_path, SAYS, "a study.toml", "/shared/orchard", "--workers", "8")
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 3, err
     lines = (tmp_path / "said").read_text().splitlines()
     driver = (
@@ -248,15 +365,24 @@ def test_the_slurm_script_starts_ray_and_ends_as_the_study_does(tmp_path: Path) 
     assert driver in lines
     assert any(line.startswith("ray start --head --block --port=20007") and "--num-gpus=4" in line for line in lines)
     assert "ray start --block --address node1:20007 --num-cpus=16 --num-gpus=4" in lines
+    assert lines.index("ray health-check --address node1:20007") < lines.index(driver), "there is a head to join"
+    assert "cores of a step: 16" in lines, "Slurm gives a step one core if it is not told"
+
+
+def test_the_slurm_script_says_when_ray_does_not_start(tmp_path: Path) -> None:
+    process = slurm(tmp_path, SAYS, "study.toml", "/shared/orchard", ray='[ "$1" != health-check ]')
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Ray does not start on node1" in err
+    assert "entrypoint" not in (tmp_path / "said").read_text()
 
 
 def test_the_slurm_script_hands_the_end_of_its_time_to_the_driver(tmp_path: Path) -> None:
     process = slurm(tmp_path, SLEEPS, "study.toml", "/shared/orchard")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (tmp_path / "said.up").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.terminate()
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped" in (tmp_path / "said").read_text()
 
@@ -266,6 +392,15 @@ def test_the_image_is_built_from_what_is_there() -> None:
     copied = [word for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for word in line.split()[:-1]]
     assert {"orchestrator", "search", "pyproject.toml", "constraints.txt"} <= set(copied)
     assert all((ROOT / name).exists() for name in copied)
+    lines = [" ".join(line.split()) for line in text.replace("\\\n", " ").splitlines()]
+    torch, house = (next(n for n, line in enumerate(lines) if part in line) for part in ("'^torch=='", '".[$EXTRAS]"'))
+    code = lines.index("COPY orchestrator orchestrator")
+    assert torch < code < house, "a change of the code leaves the layers with torch as they are"
+    for line in (lines[torch], lines[house]):
+        assert "-c constraints.txt" in line, "every node has the versions that were tested"
+    assert lines[-3].startswith("USER ") and lines[-3] not in ("USER 0", "USER root")
+    (base,) = (line for line in lines if line.startswith("FROM "))
+    assert base.startswith("FROM python:3.11-"), "the Python of the pins"
 
 
 @pytest.mark.parametrize("path", sorted(CLUSTER.iterdir()), ids=lambda path: path.name)

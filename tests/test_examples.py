@@ -24,6 +24,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "checkpoint.toml": {"trials": 2},
     "digits.toml": {"trials": 2},
     "gradual.toml": {"trials": 3, "epochs": 10},
+    "halving.toml": {"trials": 3, "epochs": 1, "retrain_epochs": 0.2},
     "mnist.toml": {"trials": 2, "epochs": 3, "retrain_epochs": 1},
     "my_task.toml": {"trials": 3},
     "pretrained.toml": {"trials": 3},
@@ -54,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Study]:
     for name in SHORT:
         study = Study(shortened(EXAMPLES / name), store, root=EXAMPLES)
         standing = study.run(LocalPool())
-        assert standing.done == SHORT[name]["trials"] and not standing.failed
+        assert standing.ended == SHORT[name]["trials"] and not standing.failed
         found[name] = study
     return found
 

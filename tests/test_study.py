@@ -164,6 +164,56 @@ def test_more_trials_and_more_enqueued_ones_go_on(root: Path, memory: str) -> No
     assert params_of(study)[2] == dict(GROUPS[2])
 
 
+ROUNDS: Mapping[str, Any] = {"criterion": "magnitude", "rate": [0.2, 0.4], "retrain": ["finetune", "rewind"]}
+
+
+def test_more_rounds_of_every_trial_go_on_from_the_last_one(root: Path, memory: str) -> None:
+    run(memory, root, space={**ROUNDS, "rounds": 2}, trials=4)
+    pool = Counting()
+    study, standing = run(memory, root, pool, space={**ROUNDS, "rounds": 3}, trials=4)
+    whole, _ = run(f"memory://{uuid4().hex}", root, space={**ROUNDS, "rounds": 3}, trials=4)
+    assert_same_models(small.models(whole.store), small.models(study.store))
+    assert standing.done == 4
+    third = [row for row in study.table().to_pylist() if row["round"] == 3]
+    assert len(pool.reported) == len(third) == 4, "nothing but the third rounds is run"
+    assert study.status()["trials"] == whole.status()["trials"] and study.status()["epochs"] == whole.status()["epochs"]
+    points = [{**point, "params": None} for point in study.front().points]
+    assert points == [{**point, "params": None} for point in whole.front().points]
+    again = Counting()
+    _, standing = run(memory, root, again, space={**ROUNDS, "rounds": 3}, trials=4)
+    assert not again.reported and standing.done == 4
+
+
+def test_proposals_stay_where_a_range_of_rounds_grows(root: Path, memory: str) -> None:
+    space: Mapping[str, Any] = {"criterion": "magnitude", "rate": 0.3}
+    first, _ = run(memory, root, space={**space, "rounds": {"low": 1, "high": 2}}, trials=3)
+    before = params_of(first)
+    study, standing = run(memory, root, space={**space, "rounds": {"low": 1, "high": 5}}, trials=9)
+    assert params_of(study)[:3] == before and standing.done == 9
+    assert max(params["rounds"] for params in params_of(study)) > 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"rounds": 3}, {"rounds": 2}),
+        ({"rounds": [1, 3]}, {"rounds": [1, 2]}),
+        ({"rounds": {"low": 1, "high": 3}}, {"rounds": {"low": 2, "high": 4}}),
+        ({"rounds": 2}, {"rounds": [2, 3]}),
+        ({"rounds": 2, "scope": "layer"}, {"rounds": 3, "scope": "global"}),
+        ({"rounds": 2, "sparsity": 0.5}, {"rounds": 3, "sparsity": 0.5}),
+        ({"rounds": 2, "phase": "before"}, {"rounds": 3, "phase": "before"}),
+    ],
+)
+def test_other_rounds_are_another_study(
+    before: Mapping[str, Any], after: Mapping[str, Any], root: Path, memory: str
+) -> None:
+    amount = {} if "sparsity" in before else {"rate": 0.3}
+    run(memory, root, space={**amount, **before}, trials=0)
+    with pytest.raises(SpecError, match=r"space\.rounds(\.low)? was"):
+        run(memory, root, space={**amount, **after}, trials=0)
+
+
 def test_a_grid_that_is_exhausted_ends_the_study(root: Path, memory: str) -> None:
     space = {"criterion": "magnitude", "rate": [0.2, 0.3], "retrain": "none"}
     study, standing = run(memory, root, trials=10, sampler="grid", space=space)
@@ -422,7 +472,7 @@ def test_what_makes_it_another_study_is_said(change: Mapping[str, Any], says: st
         run(memory, root, trials=1, **change)
     first, second = str(caught.value).splitlines()
     assert f"from another study file: {says}" in first
-    assert second == "legal: another name, or change only trials and [[enqueue]]"
+    assert second == "legal: another name, or change only trials, [[enqueue]] and [stopping], or ask for more rounds"
 
 
 def test_an_integer_and_a_float_make_different_ranges() -> None:

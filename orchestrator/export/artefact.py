@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
@@ -68,7 +69,7 @@ def load(folder: str | Path, task: str | None = None, *, format: str | None = No
     stages = None if form in WITHOUT_TASK else Stages(task_of(folder, card, task))
     try:
         return build(form, files, stages)
-    except ValueError as error:
+    except (ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: {error}") from error
 
 

@@ -188,22 +188,21 @@ def _from_outside(store: str | None, address: str) -> list[Finding]:
     if store:
         submit.refuse_store(store)
     try:
-        client = submit.connect(address)
-        auth = _auth(address, submit.wants_token(address))
+        client, token = submit.connect(address), submit.wants_token(address)
     except InputError as error:
         return [Finding(what="cluster", where=address, state="wrong", found=str(error), advice=_REACH)]
+    auth = _auth(address, token)
     job = f"orchardist-doctor-{secrets.token_hex(4)}"
     command = ["python", "-c", _WITHIN, "auto", *([store] if store else [])]
     shipped = Shipment(study="", house=house(), yours={}, left=())
+    advice = f"read its log: {submit.by_hand(address, 'logs', job, token=token)}"
     try:
         submit.run_job(client, shipped, job=job, command=shlex.join(command), metadata={})
         log = submit.wait_for_end(client, job, seconds=JOB_SECONDS)
         rows = json.JSONDecoder().raw_decode(log[log.rindex(_FIRST) :])[0]
     except OrchardistError as error:
-        advice = f"read its log: ray job logs --address {address} {job}"
         return [auth, Finding(what="cluster", where=address, state="wrong", found=str(error), advice=advice)]
     except ValueError:
-        advice = f"read its log: ray job logs --address {address} {job}"
         return [auth, Finding(what="cluster", where=address, state="wrong", found="a job fails there", advice=advice)]
     return [auth, *(Finding(**row) for row in rows if row["what"] != "auth")]
 

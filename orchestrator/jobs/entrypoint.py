@@ -7,10 +7,12 @@ process.
 
 from __future__ import annotations
 
+import os
 import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -19,7 +21,10 @@ from orchestrator.errors import StoreError
 from orchestrator.store.store import Store
 
 MOST_STARTS = 10
-"""A driver that dies is started this often in all."""
+"""A driver that dies is started so often in a row."""
+
+LONG_SECONDS = 3600.0
+"""A driver that lived for so long has got on: its death counts as the first. A study may take weeks."""
 
 FIRST_PAUSE_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 120.0
@@ -56,43 +61,58 @@ def restarted(
     *,
     most: int = MOST_STARTS,
     sleep: Callable[[float], None],
+    clock: Callable[[], float] = time.monotonic,
     told: Callable[[str], None],
 ) -> int:
-    """Call `run` until it ends by itself, `most` times at most, with growing pauses. Returns its last exit code.
+    """Call `run` until it ends by itself, with growing pauses, and `most` times in a row at most. Returns its last exit
+    code.
 
     Args:
         run: runs the driver; returns its exit code, negative where a signal ended it, None where it was asked to stop.
-        most: how often it is called.
+        most: how often it is called when it keeps dying soon.
         sleep: waits so many seconds.
+        clock: seconds that only grow.
         told: takes a line for every death.
     """
-    pause = FIRST_PAUSE_SECONDS
-    for start in range(1, most + 1):
+    start, pause = 1, FIRST_PAUSE_SECONDS
+    while True:
+        began = clock()
         code = run()
         if code is None:
             return INTERRUPTED
         if code >= 0 and code != CRASHED:
             return code
         how = "crashed" if code == CRASHED else f"was killed by signal {-code}"
+        if clock() - began >= LONG_SECONDS:
+            start, pause = 1, FIRST_PAUSE_SECONDS
         if start == most:
             told(f"the driver {how}, {most} times now: giving up; what is finished is in the store")
             return 1
-        told(f"the driver {how}; start {start + 1} of {most} in {pause:.0f} s")
+        start += 1
+        told(f"the driver {how}; start {start} of {most} in {pause:.0f} s")
         sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-    raise AssertionError("at least one start")
 
 
 def drive() -> None:
-    """`orchardist run`, in a process of its own that tells a crash from everything else by its exit code."""
+    """`orchardist run`, in a process of its own that tells a crash from everything else by its exit code.
+
+    It stops when the process that started it is gone: nobody could stop it then, and the next job would be refused.
+    """
     from orchestrator.cli import main
 
+    threading.Thread(target=_stop_at_the_end_of, args=[sys.stdin.fileno()], daemon=True).start()
     sys.argv[:1] = ["orchardist", "run"]
     try:
         main()
     except Exception:
         traceback.print_exc()
         sys.exit(CRASHED)
+
+
+def _stop_at_the_end_of(pipe: int) -> None:
+    os.read(pipe, 1)  # nothing is ever written: it ends with the process at its other end
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Driver:
@@ -116,7 +136,7 @@ class _Driver:
         """Start a driver and wait for its end."""
         if self._stopped:
             return None
-        process = subprocess.Popen(self._command)
+        process = subprocess.Popen(self._command, stdin=subprocess.PIPE)
         passed_on = False
         while True:
             try:
@@ -126,6 +146,8 @@ class _Driver:
                     process.terminate()
                     passed_on = True
             else:
+                assert process.stdin is not None
+                process.stdin.close()
                 return None if self._stopped and code else code
 
 

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import InputError, OrchardistError
 from orchestrator.jobs.entrypoint import STARTED
-from orchestrator.pools.ray import CONNECT_SECONDS, refuse_silence
-from orchestrator.store.files import without_credentials
+from orchestrator.pools.connection import CONNECT_SECONDS, disconnect, refuse_silence
+from orchestrator.pools.connection import connect as join
+from orchestrator.store.address import without_credentials
 
 if TYPE_CHECKING:
     from orchestrator.jobs.shipping import Shipment
@@ -50,6 +51,8 @@ _CHATTY = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray._private.runtime_env.packaging",
 )
+_ANOTHER_HERE = ("study", "address")
+"""What `run` calls by the same name, and what a job knows by itself: the study that was sent, the cluster it is on."""
 _TOKEN_HELP = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that holds the cluster's token"
 
 
@@ -64,8 +67,8 @@ class Submitted:
     id: str
     joined: bool
     """Whether it ran already."""
-    same: bool
-    """Whether it runs the very files that were to be sent."""
+    differs: tuple[str, ...] = ()
+    """What of a job that was joined is not as it was to be sent: "files", "options"."""
 
 
 def refuse_store(url: str) -> None:
@@ -87,6 +90,19 @@ def refuse_store(url: str) -> None:
     path = url if scheme is None else scheme[2] if scheme[1].lower() in _ON_A_DISK else None
     if path is not None and not path.startswith("/"):
         raise InputError(f"--store {shown}: a relative path means another folder on every node; {legal}")
+
+
+def refuse_log(path: str | None) -> None:
+    """Refuse a file for JSON lines that would lie in the job's own folder, which Ray removes in the end.
+
+    Raises:
+        InputError: with what would be legal.
+    """
+    if path is not None and path != "-" and not path.startswith("/"):
+        raise InputError(
+            f"--log {path}: a relative path is gone with the job; legal: - (into the job's log), or an absolute path "
+            "on the head"
+        )
 
 
 def connect(address: str) -> Any:
@@ -122,6 +138,28 @@ def wants_token(address: str) -> bool:
     return _version(address.rstrip("/"), {}) is None
 
 
+def by_hand(address: str, verb: str, job: str, *, token: bool) -> str:
+    """Ray's own command that does `verb` to a job; it shows our token only where it is told that there is one."""
+    mode = "RAY_AUTH_MODE=token " if token else ""
+    return f"{mode}ray job {verb} --address {shlex.quote(address)} {job}"
+
+
+def options_of(context: Any) -> list[str]:
+    """What `submit` was told, in words for `orchardist run`: every option that both of them have and that was given.
+
+    Args:
+        context: typer's, of the `submit` that is running.
+    """
+    words: list[str] = []
+    for option in context.parent.command.commands["run"].params:
+        value = None if option.name in _ANOTHER_HERE else context.params.get(option.name)
+        if value is True:
+            words.append(option.opts[0])
+        elif value is not None and value is not False:
+            words += [word for one in (value if option.multiple else [value]) for word in (option.opts[0], str(one))]
+    return words
+
+
 def entrypoint(shipped: Shipment, options: Sequence[str]) -> str:
     """The command of the job: the driver under `orchestrator.jobs.entrypoint`, with the options of `orchardist run`."""
     return shlex.join(["python", "-m", "orchestrator.jobs.entrypoint", shipped.study, "--address", "auto", *options])
@@ -154,14 +192,15 @@ def submit(client: Any, shipped: Shipment, *, name: str, store: str, command: st
         job = f"{base}-{number + 1}"
         try:
             run_job(client, shipped, job=job, command=command, metadata={_DIGEST: shipped.digest})
-            return Submitted(id=job, joined=False, same=True)
+            return Submitted(id=job, joined=False)
         except OrchardistError:
             # Somebody may have submitted the same study at the same instant.
             _, live = _latest(client, base)
             if live is None:
                 raise
-    noted = (live.metadata or {}).get(_DIGEST)
-    return Submitted(id=live.submission_id, joined=True, same=noted == shipped.digest)
+    differs = ["files"] if (live.metadata or {}).get(_DIGEST) != shipped.digest else []
+    differs += ["options"] if live.entrypoint != command else []
+    return Submitted(id=live.submission_id, joined=True, differs=tuple(differs))
 
 
 def wait_until_started(
@@ -249,16 +288,7 @@ def nodes(address: str, ask: Callable[..., Mapping[str, Any]], *arguments: Any) 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     refuse_silence(address)
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ray.exceptions.AuthenticationError as error:
-        raise InputError(f"RAY_AUTH_MODE is token, and there is no token here: {_TOKEN_HELP}") from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"cannot join the Ray cluster at {address}: {_one_line(str(error))}; if it wants a token: "
-            f"RAY_AUTH_MODE=token, and {_TOKEN_HELP}"
-        ) from error
+    join(ray, None, address)
     try:
         alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in alive]
@@ -284,7 +314,7 @@ def nodes(address: str, ask: Callable[..., Mapping[str, Any]], *arguments: Any) 
                 row["trouble"] = _one_line(str(error))
             yield row
     finally:
-        ray.shutdown()
+        disconnect(ray)
 
 
 def _seconds() -> float:

@@ -203,18 +203,11 @@ class Builder:
         return key
 
     def plan(self, points: Sequence[tuple[int, str]]) -> Plan:
-        runs: dict[str, dict[tuple[str, Train], int]] = {"": {}}
-        for node in self.nodes.values():
-            if isinstance(node.op, Train):
-                run, there = (node.parents[0], replace(node.op, to=0)), runs.setdefault(node.task, {})
-                there[run] = max(there.get(run, 0), node.op.to - node.start)
-        own = runs.pop("")
+        tasks = dict.fromkeys(["", *(node.task for node in self.nodes.values())])
         return Plan(
             nodes=tuple(self.nodes.values()),
             points=tuple(points),
-            steps=sum(own.values()),
-            steps_per_epoch=self.on("").steps_per_epoch,
-            elsewhere=tuple((sum(each.values()), self.on(task).steps_per_epoch) for task, each in runs.items()),
+            steps_per_epoch={task: self.on(task).steps_per_epoch for task in tasks},
             tickets=tuple(self.tickets),
         )
 

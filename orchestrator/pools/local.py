@@ -22,15 +22,20 @@ class LocalPool:
     """One worker in this process. Work is done inside `completed`, up to the next report.
 
     Nobody can end what hangs in this very process: a study's `timeout_seconds` ends trainings, between two batches, and
-    nothing else. `clock` gives the worker's monotonic seconds.
+    nothing else.
+
+    Args:
+        clock: gives the worker's monotonic seconds.
+        cache: bytes of recent states that are held in memory; None: what is usual on this machine.
     """
 
     device = "cpu"
     workers = 1
     gpus = 0.0
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, cache: int | None = None) -> None:
         self._clock = clock
+        self._cache = cache
         self._worker: Worker | None = None
         self._waiting: deque[Segment] = deque()
         self._running: Iterator[Event | Began] | None = None
@@ -51,7 +56,7 @@ class LocalPool:
         shake_hands(job, "local")
         self._running = None  # what an interrupted study left
         self._waiting.clear()
-        self._worker = Worker(job, clock=self._clock)
+        self._worker = Worker(job, cache=self._cache, clock=self._clock)
         return self._worker.info
 
     def submit(self, segment: Segment) -> None:

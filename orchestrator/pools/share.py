@@ -42,10 +42,17 @@ class Share:
         room = [_times(there.get("CPU", 0), 1)]
         room += [_times(there.get(name, 0), amount) for name, amount in self.resources.items()]
         if self.gpus:
-            # A worker's share lies on one GPU: what is left over of two makes no third.
             gpus = there.get("GPU", 0)
-            room.append(_times(gpus, self.gpus) if self.gpus >= 1 else int(gpus) * _times(1, self.gpus))
+            room.append(_times(gpus, self.gpus) if self.gpus >= 1 else int(self.gpu_shares(there)))
         return min(room)
+
+    def gpu_shares(self, there: Mapping[str, float]) -> float:
+        """How many shares of a GPU a node has, if nothing else is looked at; without an end where each is no part of
+        one."""
+        if not self.gpus or self.gpus >= 1:
+            return math.inf
+        # A worker's share lies on one GPU: what is left over of two makes no third.
+        return int(there.get("GPU", 0)) * _times(1, self.gpus)
 
     def says(self) -> str:
         """As Ray's own messages name it: {CPU: 1, GPU: 0.25}, with the nodes that it is bound to."""

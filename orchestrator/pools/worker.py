@@ -10,7 +10,6 @@ import platform
 import threading
 import time
 import traceback
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +24,7 @@ from orchestrator.errors import NotFinite, StageFailed, StoreError, TimedOut, Wo
 from orchestrator.graph import Segment, Step
 from orchestrator.header import read_header, sealed
 from orchestrator.measures.measure import curve_point, measure
+from orchestrator.pools.cache import Recent, cache_bytes, machine
 from orchestrator.pools.protocol import Began, Ended, Event, Failed, Job, Reported, note
 from orchestrator.pruning.criteria import CRITERIA
 from orchestrator.stages import Stages
@@ -38,9 +38,6 @@ from orchestrator.tickets.given import read_given, start_of
 from orchestrator.training.loop import Probe, Watch, arithmetic
 
 _LOG = logging.getLogger("orchardist.worker")
-
-CACHE_BYTES = 1 << 30
-"""Memory for recent states, so that a child of a state that was just made needs not read it back."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +75,22 @@ class _Gone(Exception):
 
 
 class Worker:
-    """Runs segments of one study, one after another, on one device. `clock` gives monotonic seconds."""
+    """Runs segments of one study, one after another, on one device.
+
+    Args:
+        job: the study's.
+        device: "cpu" or "cuda".
+        cache: bytes of recent states that are held in memory, so that a child of one needs not read it back; by default
+            what is usual for the only worker of this machine.
+        clock: gives monotonic seconds.
+    """
 
     def __init__(
         self,
         job: Job,
         *,
         device: str = "cpu",
-        cache_bytes: int = CACHE_BYTES,
+        cache: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job = job
@@ -104,9 +109,7 @@ class Worker:
             self._stages[""].given = start_of(ticket, self._stages[""], job.ticket.name)
         for name, other in job.others.items():
             self._stages[name] = Stages(load(other.source, other.params, root), device)
-        self._cache: OrderedDict[str, _Held] = OrderedDict()
-        self._cache_bytes = cache_bytes
-        self._cached_bytes = 0
+        self._cache: Recent[_Held] = Recent(cache_bytes(cache, 1, *machine()))
 
     @cached_property
     def info(self) -> TaskInfo:
@@ -125,7 +128,8 @@ class Worker:
         made: dict[str, _Held] = {}
         self._checkpointed.clear()
         began, steps = time.perf_counter(), 0
-        for step in segment.steps:
+        for place, step in enumerate(segment.steps):
+            _forget_what_is_of_no_use(made, segment.steps[place:])
             adopted = found = False
             checkpoint = 0
             if self.job.timeout_seconds:
@@ -319,7 +323,7 @@ class Worker:
                 adopted = False
             else:
                 made[step.key] = self._read(step.key)
-        self._remember(step.key, made[step.key])
+        self._cache.hold(step.key, made[step.key], made[step.key].state.nbytes)
         return adopted
 
     def _fetch(self, key: str, resumable: bool) -> _Held:
@@ -328,7 +332,7 @@ class Worker:
         held = self._cache.get(key)
         if held is None or (resumable and not held.resumable):
             held = self._read(key)
-        self._remember(key, held)
+        self._cache.hold(key, held, held.state.nbytes)
         if resumable and not held.resumable:
             raise _Gone(key)
         return held
@@ -338,14 +342,6 @@ class Worker:
         if data is None:
             raise _Gone(key)
         return _held(data)
-
-    def _remember(self, key: str, held: _Held) -> None:
-        if key in self._cache:
-            self._cached_bytes -= self._cache.pop(key).state.nbytes
-        self._cache[key] = held
-        self._cached_bytes += held.state.nbytes
-        while len(self._cache) > 1 and self._cached_bytes > self._cache_bytes:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].state.nbytes
 
 
 def shake_hands(job: Job, worker: int | str) -> None:
@@ -370,6 +366,13 @@ def shake_hands(job: Job, worker: int | str) -> None:
                 "the store must be shared storage"
             ) from None
         files.write(note(job, worker), nonce)
+
+
+def _forget_what_is_of_no_use(made: dict[str, _Held], left: Sequence[Step]) -> None:
+    """Only what is still needed of a segment is held beside the cache: of twenty rounds one state, not twenty."""
+    needed = {key for step in left for key in step.inputs}
+    for key in made.keys() - needed:
+        del made[key]
 
 
 def _held(data: bytes) -> _Held:

@@ -150,7 +150,8 @@ class _Record:
 def _head(record: _Record) -> Element:
     trials, found = record.status["trials"], record.found
     asked = f"{trials['done']:,} of {trials['asked']:,} trials are done"
-    more = "".join(f", {trials[name]:,} {name}" for name in ("running", "failed") if trials[name])
+    others = {"running": "running", "failed": "failed", "stopped": "stopped early"}
+    more = "".join(f", {trials[name]:,} {said}" for name, said in others.items() if trials[name])
     points = "1 model" if len(found.points) == 1 else f"{len(found.points):,} models"
     lines: list[Element] = [element("p", f"The study is {record.status['state']}: {asked}{more}. ", class_="note")]
     if record.knee is not None:

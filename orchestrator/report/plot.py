@@ -20,7 +20,7 @@ from orchestrator.tasks.info import matches
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from orchestrator.store.ledger import Outcomes
+    from orchestrator.store.tables import Outcomes
     from orchestrator.study import Study
 
 Floats = NDArray[np.float64]

@@ -61,6 +61,10 @@ class Checkpoints:
         """In bytes. Raises `FileNotFoundError` when the checkpoint is absent."""
         return self.files.size(paths.checkpoint(place.key, place.position))
 
+    def age(self, place: Place) -> float:
+        """Seconds since it was written, by the store's own clock. Raises `FileNotFoundError` as `size` does."""
+        return self.files.age(paths.checkpoint(place.key, place.position))
+
     def study(self, place: Place) -> str | None:
         """The study for which it was written; None where the checkpoint is absent, torn or foreign."""
         try:

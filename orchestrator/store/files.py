@@ -9,22 +9,21 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import mmap
 import os
-import re
 import secrets
-import stat
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from orchestrator.errors import StoreError
 from orchestrator.store import paths
-
-Data: TypeAlias = bytes | memoryview
+from orchestrator.store.address import address, secrets_of, without_credentials
+from orchestrator.store.backend import Backend, Data, Found
+from orchestrator.store.folder import Folder
+from orchestrator.store.objects import Memory, Objects
 
 T = TypeVar("T")
 
@@ -40,14 +39,6 @@ _LONGEST_PAUSE_SECONDS = 4.0
 _SAY_EVERY_SECONDS = 30.0
 
 _LOG = logging.getLogger("orchardist.store")
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_CREDENTIALS = re.compile(r"://[^/]*@")
-_SECRET = r"key|secret|token|sig|signature|passw(?:or)?d|credential|sas"
-_SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
-_SECRET_ARGUMENT = re.compile(rf"([?&;][^=&#\s]*(?:{_SECRET})[^=&#\s]*=)[^&;#\s]+", re.IGNORECASE)
-_SHORTEST_SECRET = 6
-_NO_HARD_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV}
-
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 # What may pass by itself: a server that restarts, is busy or out of reach, and a network folder that is away.
@@ -66,8 +57,9 @@ _PASSING_NAMES = {
 }
 _PASSING_STATUS = {408, 429, 500, 502, 503, 504}
 
-# Some network file systems, Windows, and folders that one may write but not read.
-_NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EACCES, errno.EPERM}
+
+class NoRoom(StoreError):
+    """The disk is full."""
 
 
 class Files:
@@ -90,29 +82,22 @@ class Files:
         """The URL as it may be shown."""
         self.creates_once = True
         """Whether `create` lets one of many writers win whatever they do; `probe` finds out."""
-        if not self.url:
-            raise StoreError("the store's URL is empty: give a folder or a URL such as s3://bucket/folder")
         self._clock = clock
         self._sleep = sleep
         self._answered = False
-        self._backend: _Backend
-        scheme = _URL.fullmatch(self.url)
-        chained = "::" in self.url and "://" in self.url
-        self.local = not chained if scheme is None else scheme[1].lower() in ("file", "local")
+        self._backend: Backend
+        found = address(self.url)
+        self.local = found.kind == "folder"
         try:
-            if self.local:
-                self._backend = _Folder(scheme[2] if scheme else self.url)
-            elif scheme is not None and scheme[1].lower() == "memory":
-                self._backend = _Memory(self.url)
-            else:
-                self._backend = _Objects(self.url)
+            kinds: dict[str, Callable[[str], Backend]] = {"folder": Folder, "memory": Memory, "objects": Objects}
+            self._backend = kinds[found.kind](found.place)
         except Exception as error:
             raise self._error("open", "", error) from None
 
     @property
     def absolute_url(self) -> str:
         """The URL for another process, whose working directory may be another one."""
-        return self._backend.root if isinstance(self._backend, _Folder) else self.url
+        return self._backend.root if isinstance(self._backend, Folder) else self.url
 
     def read(self, path: str) -> bytes:
         """The whole file. Raises `FileNotFoundError` when it is absent."""
@@ -123,9 +108,13 @@ class Files:
         assert 0 <= start <= end, (start, end)
         return self._do("read", path, lambda: self._backend.read(_checked(path), start, end))
 
-    def write(self, path: str, data: Data) -> None:
-        """Puts `data` in the place of whatever the file was. Durable on return."""
-        self._do("write", path, lambda: self._backend.write(_checked(path), data), absent_is_an_error=True)
+    def write(self, path: str, data: Data, first: Callable[[], None] | None = None) -> None:
+        """Puts `data` in the place of whatever the file was. Durable on return.
+
+        `first` is called before every attempt: what was right when the store stopped answering need not be so when it
+        answers again. Whatever it raises ends the waiting.
+        """
+        self._do("write", path, lambda: self._backend.write(_checked(path), data), absent_is_an_error=True, first=first)
 
     def create(self, path: str, data: Data) -> bool:
         """True when this call made the file, durably; False, and no change, when it exists. One of many writers wins.
@@ -147,17 +136,8 @@ class Files:
 
     def list(self, folder: str) -> list[str]:
         """Sorted names of what lies in the folder now, folders included, hidden ones left out; [] without a folder."""
-
-        def names() -> list[str]:
-            try:
-                return self._backend.list(_checked(folder))
-            except (FileNotFoundError, NotADirectoryError) as error:
-                if _without_a_root(error):
-                    raise
-                return []
-
         # A killed writer's temporary file is hidden, so that it is neither seen nor in anybody's way.
-        return sorted(name for name in self._do("list", folder, names) if name and not name.startswith("."))
+        return sorted(name for name in self._names(folder) if name and not name.startswith("."))
 
     def delete(self, path: str) -> None:
         """Nothing happens when the file is absent."""
@@ -198,6 +178,39 @@ class Files:
                 )
         return True
 
+    def age(self, path: str) -> float:
+        """Seconds since the file was written, by the store's own clock. Raises `FileNotFoundError` if it is absent."""
+        now = self._now()
+        return now - self._do("read", path, lambda: self._backend.modified(_checked(path)))
+
+    def used(self, folder: str) -> int:
+        """The bytes of everything in the folder, and in those within it; 0 without a folder."""
+        try:
+            return self._do("read", folder, lambda: self._backend.used(_checked(folder)))
+        except FileNotFoundError:
+            return 0
+
+    def leftovers(self, *folders: str) -> Sequence[Leftover]:
+        """What writers began and have not finished, dead ones or such as are still at work: temporary files, probes,
+        uploads in parts that were not completed; and every file of the folders."""
+        now = self._now()
+        found = [*self._do("list", "", lambda: list(self._backend.unfinished()))]
+        probes = [name for name in self._names("") if paths.is_probe(name)]
+        for path in [*probes, *(f"{folder}/{name}" for folder in folders for name in self.list(folder))]:
+            with suppress(FileNotFoundError):
+                at = self._do("read", path, lambda path=path: self._backend.modified(path))  # type: ignore[misc]
+                found.append(Found(path=path, bytes=self.size(path), modified=at))
+        return [Leftover(self, each, now - each.modified) for each in found]
+
+    def _now(self) -> float:
+        """What the store takes the time to be: of two machines that write to it neither may be right."""
+        path = paths.probe(secrets.token_hex(8))
+        self.write(path, b"")
+        try:
+            return self._do("read", path, lambda: self._backend.modified(path))
+        finally:
+            self.delete(path)
+
     def probe(self) -> None:
         """Finds out what the store can promise. Raises `StoreError` where it cannot be written and read back.
 
@@ -213,7 +226,7 @@ class Files:
         if found != data:
             raise StoreError(f"the store {self.name} does not give back what was written to it")
         self.delete(path)
-        if isinstance(self._backend, _Objects):
+        if isinstance(self._backend, Objects):
             with ThreadPoolExecutor(_PROBES) as threads:
                 won = list(threads.map(lambda number: self.create(path, f"{token} {number}".encode()), range(_PROBES)))
             self.delete(path)
@@ -225,10 +238,33 @@ class Files:
                     self.name,
                 )
 
-    def _do(self, verb: str, path: str, act: Callable[[], T], *, absent_is_an_error: bool = False) -> T:
+    def _names(self, folder: str) -> Sequence[str]:
+        """What lies in the folder, hidden files included; nothing without a folder."""
+
+        def names() -> Sequence[str]:
+            try:
+                return self._backend.list(_checked(folder))
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if _without_a_root(error):
+                    raise
+                return []
+
+        return self._do("list", folder, names)
+
+    def _do(
+        self,
+        verb: str,
+        path: str,
+        act: Callable[[], T],
+        *,
+        absent_is_an_error: bool = False,
+        first: Callable[[], None] | None = None,
+    ) -> T:
         """What `act` returns, once the store answers."""
         wait: _Wait | None = None
         while True:
+            if first is not None:
+                first()
             try:
                 result = act()
             except (StoreError, AssertionError):
@@ -273,6 +309,7 @@ class Files:
             line = "s3fs is not installed: pip install 'orchardist[s3]'"
         elif isinstance(error, OSError) and error.errno in _FULL:
             more += "; free some room and run it again: what is finished is not lost"
+            return NoRoom(f"cannot {verb} {what}: {line}{more}")
         elif isinstance(error, PermissionError) and not self.local:
             more += "; check the credentials and what they may do there"
         return StoreError(f"cannot {verb} {what}: {line}{more}")
@@ -282,9 +319,33 @@ class Files:
         options = (
             getattr(getattr(self._backend, "fs", None), "storage_options", {}) if hasattr(self, "_backend") else {}
         )
-        for secret in {*_secrets(os.environ), *_secrets(options)}:
+        for secret in secrets_of(self.url, os.environ, options):
             text = text.replace(secret, "***")
         return without_credentials(text)
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something that may have been left by a killed writer."""
+
+    _files: Files
+    _found: Found
+    age_seconds: float
+    """By the store's own clock."""
+
+    @property
+    def path(self) -> str:
+        return self._found.path
+
+    @property
+    def bytes(self) -> int:
+        """0 where the store does not say."""
+        return self._found.bytes
+
+    def remove(self) -> None:
+        """Nothing happens when it is gone."""
+        with suppress(FileNotFoundError):
+            self._files._do("delete", self.path, lambda: self._files._backend.remove(self._found))
 
 
 _PROBES = 4
@@ -321,20 +382,6 @@ class _Wait:
         return longest * (0.5 + secrets.randbelow(1000) / 2000)
 
 
-def without_credentials(url: str) -> str:
-    """`user:password@`, and the values of arguments such as `?token=`, are left out of every URL in the text."""
-    return _SECRET_ARGUMENT.sub(r"\1***", _CREDENTIALS.sub("://", url))
-
-
-def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
-    """The texts under names such as SECRET or token, at any depth."""
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _secrets(value)
-        elif isinstance(value, str) and len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(str(name)):
-            yield value
-
-
 def _passing(error: Exception) -> bool:
     """Whether the same request may well succeed a little later."""
     if isinstance(error, TimeoutError | ConnectionError):
@@ -350,261 +397,6 @@ def _without_a_root(error: BaseException) -> bool:
     """Whether not only the file is absent, but the whole bucket."""
     response = getattr(error.__cause__, "response", None)
     return isinstance(response, dict) and response.get("Error", {}).get("Code") == "NoSuchBucket"
-
-
-class _Backend(Protocol):
-    def read(self, path: str, start: int, end: int | None) -> bytes: ...
-    def map(self, path: str) -> Data: ...
-    def write(self, path: str, data: Data) -> None: ...
-    def create(self, path: str, data: Data) -> bool: ...
-    def size(self, path: str) -> int: ...
-    def list(self, folder: str) -> list[str]: ...
-    def delete(self, path: str) -> None: ...
-
-
-class _Folder:
-    """Local, or a mounted network folder. fsspec's own local writes are in place: readers could see a torn file."""
-
-    def __init__(self, root: str) -> None:
-        self.root = os.path.abspath(os.path.expanduser(root))
-        if os.path.exists(self.root) and not os.path.isdir(self.root):
-            raise NotADirectoryError(errno.ENOTDIR, "it is not a folder")
-
-    def read(self, path: str, start: int, end: int | None) -> bytes:
-        with open(self._full(path), "rb", buffering=0) as file:
-            file.seek(start)
-            length = (os.fstat(file.fileno()).st_size if end is None else end) - start
-            data = file.read(max(length, 0))
-            # One read call gives at most 2 GiB on Linux.
-            while len(data) < length and (more := file.read(length - len(data))):
-                data += more
-            return data
-
-    def map(self, path: str) -> Data:
-        with open(self._full(path), "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return b""  # which cannot be mapped
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-
-    def write(self, path: str, data: Data) -> None:
-        target = self._full(path)
-        temporary = self._temporary(target, data)
-        try:
-            os.replace(temporary, target)
-        except BaseException:
-            _unlink(temporary)
-            raise
-        _sync_folder(os.path.dirname(target))
-
-    def create(self, path: str, data: Data) -> bool:
-        target = self._full(path)
-        if os.path.lexists(target):
-            return False
-        temporary = self._temporary(target, data)
-        try:
-            try:
-                os.link(temporary, target)
-            except FileExistsError:
-                # NFS may lose the reply to a link that it made and refuse the repeated request.
-                if not os.path.samefile(temporary, target):
-                    return False
-            except OSError as error:
-                if error.errno not in _NO_HARD_LINKS:
-                    raise
-                if not _claim_and_replace(temporary, target):
-                    return False
-        finally:
-            _unlink(temporary)
-        _sync_folder(os.path.dirname(target))
-        return True
-
-    def size(self, path: str) -> int:
-        status = os.stat(self._full(path))
-        if not stat.S_ISREG(status.st_mode):
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        return status.st_size
-
-    def list(self, folder: str) -> list[str]:
-        return os.listdir(self._full(folder))
-
-    def delete(self, path: str) -> None:
-        os.unlink(self._full(path))
-
-    def _full(self, path: str) -> str:
-        return os.path.join(self.root, path)
-
-    def _temporary(self, target: str, data: Data) -> str:
-        """Durable bytes under a unique hidden name beside the target: only within a file system is a rename atomic."""
-        folder = os.path.dirname(target)
-        temporary = os.path.join(folder, f".{secrets.token_hex(12)}.tmp")
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        try:
-            descriptor = os.open(temporary, flags, 0o666)
-        except FileNotFoundError:
-            _make_folder(folder)
-            descriptor = os.open(temporary, flags, 0o666)
-        try:
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
-        except BaseException:
-            _unlink(temporary)
-            raise
-        return temporary
-
-
-def _claim_and_replace(temporary: str, target: str) -> bool:
-    """Create-once without hard links: an empty file is the claim, the winner replaces it by the whole one."""
-    try:
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except FileExistsError:
-        return False
-    try:
-        os.replace(temporary, target)
-    except BaseException:
-        _unlink(target)
-        raise
-    return True
-
-
-def _make_folder(folder: str) -> None:
-    if os.path.isdir(folder):
-        return
-    parent = os.path.dirname(folder)
-    _make_folder(parent)
-    with suppress(FileExistsError):
-        os.mkdir(folder)
-    _sync_folder(parent)
-
-
-def _sync_folder(folder: str) -> None:
-    """A new name is durable only once its folder is."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FOLDER_SYNC:
-            raise
-
-
-def _unlink(path: str) -> None:
-    with suppress(OSError):
-        os.unlink(path)
-
-
-class _Objects:
-    """Any fsspec file system where one put is atomic, as on object stores."""
-
-    def __init__(self, url: str) -> None:
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped,unused-ignore]  # 70 ms, not for local folders
-
-        # s3fs never forgets a listing: another process's new files would stay unseen.
-        fs, root = url_to_fs(url, use_listings_cache=False, **_options(url))
-        self.fs: Any = fs
-        self.root: str = root.rstrip("/")
-
-    def read(self, path: str, start: int, end: int | None) -> bytes:
-        full = self._full(path)
-        if start == 0 and end is None:
-            return bytes(self.fs.cat_file(full))
-        try:
-            return bytes(self.fs.cat_file(full, start=start, end=end))
-        except FileNotFoundError:
-            raise
-        except Exception:
-            # S3 answers 416 to a range that begins at the end or behind it, an empty object's first byte included.
-            if start < self.size(path):
-                raise
-            return b""
-
-    def map(self, path: str) -> Data:
-        return self.read(path, 0, None)
-
-    def write(self, path: str, data: Data) -> None:
-        self.fs.pipe_file(self._full(path), bytes(data))
-
-    def create(self, path: str, data: Data) -> bool:
-        try:
-            self.fs.pipe_file(self._full(path), bytes(data), mode="create")
-        except OSError as error:
-            # A lost race is a FileExistsError on some stores and any OSError on others, and a repeated request may
-            # have lost against itself: only what lies there now can tell.
-            with suppress(FileNotFoundError):
-                return self.size(path) == len(data) and self.read(path, 0, None) == data
-            if error.errno != errno.ENOSYS:
-                raise
-            # A store that refuses the condition: what was not there a moment ago is written without it.
-            self.write(path, data)
-        return True
-
-    def size(self, path: str) -> int:
-        info = self.fs.info(self._full(path))
-        if info["type"] != "file":
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        return int(info["size"])
-
-    def list(self, folder: str) -> list[str]:
-        full = self._full(folder)
-        self.fs.invalidate_cache()
-        found = [name.rstrip("/") for name in self.fs.ls(full, detail=False)]
-        # Some stores list a folder's own placeholder object among its contents.
-        return [name.rpartition("/")[2] for name in found if name.strip("/") != full.strip("/")]
-
-    def delete(self, path: str) -> None:
-        self.fs.rm_file(self._full(path))
-
-    def _full(self, path: str) -> str:
-        return f"{self.root}/{path}" if path else self.root
-
-
-def _options(url: str) -> dict[str, Any]:
-    """What fsspec's driver of a scheme is told, where the user's own configuration of fsspec says nothing of it."""
-    if not url.startswith(("s3://", "s3a://")):
-        return {}
-    from fsspec.config import conf  # type: ignore[import-untyped,unused-ignore]
-
-    if any("config_kwargs" in conf.get(scheme, {}) for scheme in ("s3", "s3a")):
-        return {}
-    # botocore would try five times within some seconds; whoever waits here does so for longer, and says so.
-    return {"config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10}}
-
-
-class _Memory(_Objects):
-    """This process's own memory, shared by all its `memory://` stores; for tests and the in-process pool."""
-
-    # fsspec's memory is one per process, so its lock must be, too: create looks first and writes then.
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-
-    def write(self, path: str, data: Data) -> None:
-        with self._lock:
-            super().write(path, data)
-
-    def create(self, path: str, data: Data) -> bool:
-        with self._lock:
-            if self.fs.isfile(self._full(path)):
-                return False
-            super().write(path, data)
-            return True
-
-    def list(self, folder: str) -> list[str]:
-        with self._lock:  # fsspec's listing trips over what goes meanwhile
-            return super().list(folder)
-
-    def delete(self, path: str) -> None:
-        with self._lock:
-            super().delete(path)
-
-    def size(self, path: str) -> int:
-        # fsspec's info walks through every file there is.
-        try:
-            return int(self.fs.store[self._full(path)].size)
-        except KeyError:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
 
 
 def _checked(path: str) -> str:

@@ -1,7 +1,18 @@
 """Who drives a study: one process at a time, each under a number of its own, the epoch.
 
-`lease/<epoch>.json` is created at most once, so that of two drivers which ask at the same time one gets the epoch. No
-clocks are compared between machines: a holder elsewhere is dead when its counter stands still on the reader's clock.
+`lease/<epoch>.json` is created at most once, so that of two drivers which ask at the same time one gets the epoch.
+
+Whether a holder is alive is one rule for all who ask, a second driver, `status` and `gc`, and compares no clocks:
+
+- Who let go holds nothing any more.
+- A holder of the reader's own host, boot and process namespace lives as long as its process does: told at once.
+- Any other is alive once its counter, or the epoch, is seen to move. It is dead when the counter has stood still for
+  15 s between the reader's own looks, by the reader's monotonic clock. Of the time between two looks 5 s count at most:
+  a reader that slept saw nothing; and none of the time in which the store did not answer: no holder could beat then.
+- Until either is seen it is not known. A second driver waits, `status` waits, and `gc` waits; who cannot wait takes the
+  holder to be alive.
+
+A holder that is wrongly taken for dead loses nothing: it stops at its next beat, and what it measured is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +25,8 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +43,7 @@ DEAD_SECONDS = 15.0
 _POLL_SECONDS = 1.0
 _SETTLE_SECONDS = 3.0
 _BEAT_CHECK_SECONDS = 1.0
+_PIDS = 2**31
 
 
 class Lease:
@@ -54,12 +67,8 @@ class Lease:
         now = self._clock()
         if self.lost or now - self._beaten_at < BEAT_SECONDS:
             return
-        newest, _ = _newest(self.files, self.study)
-        if newest > self.epoch:
-            self.lost = (
-                f"study {self.study} was taken over by {_named(_holder(self.files, self.study, newest))}, while this "
-                "process stood still: it stops here"
-            )
+        self._look()
+        if self.lost:
             return
         self._count += 1
         self.files.write(paths.lease_file(self.study, self.epoch, "beat"), str(self._count).encode())
@@ -69,6 +78,19 @@ class Lease:
         """Raises `StoreError` naming the process that took over, if a beat has seen one."""
         if self.lost:
             raise StoreError(self.lost)
+
+    def look(self) -> None:
+        """Looks for a newer epoch at once, and raises as `check` does."""
+        self._look()
+        self.check()
+
+    def _look(self) -> None:
+        newest, _ = _newest(self.files, self.study)
+        if newest > self.epoch:
+            self.lost = (
+                f"study {self.study} was taken over by {_named(_holder(self.files, self.study, newest))}, while this "
+                "process stood still: it stops here"
+            )
 
     def release(self) -> None:
         """Gives the study free for the next driver, which need not wait then. May be called again."""
@@ -88,21 +110,19 @@ def acquire(
 ) -> Lease:
     """The next epoch of the study, once nobody else drives it. Raises `StoreError` naming the process that does.
 
-    `boot` tells one start of `host` from another. A holder of the same host and boot is asked for by its process id
-    (`alive`), a dead one is taken over from at once; an earlier lease of this very process is, too. Any other holder is
-    watched until its counter moves or has stood still for 15 s.
+    `boot` tells one start of `host` from another. Whether an earlier holder is dead is decided by the rule above; an
+    earlier lease of this very process is taken over from at once. `alive` says whether a process of this host runs.
     """
-    me = {"host": host, "pid": pid, "boot_id": boot, "token": secrets.token_hex(8)}
+    me = {"host": host, "pid": pid, "boot_id": boot, "token": secrets.token_hex(8), "born": _born(pid)}
+    pulse = Pulse(files, study, host=host, boot=boot, pid=pid, clock=clock, alive=alive)
     while True:
-        newest, released = _newest(files, study)
-        if newest and not released:
-            holder = _holder(files, study, newest)
-            if (holder.get("host"), holder.get("boot_id")) != (host, boot):
-                stopped = _stands_still(files, study, newest, clock, sleep)
-            else:
-                stopped = holder.get("pid") == pid or not (alive or process_alive)(holder.get("pid", 0))
-            if not stopped:
-                raise StoreError(f"study {study} is being run by {_named(holder)}; stop it first")
+        sign = pulse.look()
+        if sign.alive is None:
+            sleep(_POLL_SECONDS)
+            continue
+        if sign.alive:
+            raise StoreError(f"study {study} is being run by {sign.driver}; stop it first")
+        newest = sign.epoch
         # Whoever creates the next number has the study; who comes second looks at the winner as at any holder.
         started = datetime.now(UTC).isoformat(timespec="seconds")
         content = json.dumps({**me, "started_at": started}, sort_keys=True).encode()
@@ -140,23 +160,97 @@ def beating(lease: Lease) -> Iterator[None]:
 
 def this_process() -> dict[str, Any]:
     """What names this process to other drivers: the arguments `host`, `pid` and `boot` of `acquire`."""
-    try:
+    boot = ""
+    with suppress(OSError):  # not Linux: the host's name has to do
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip()
-    except OSError:
-        boot = ""
+        # Two containers of one machine may have one host name, and each a process 1.
+        boot += f" {os.readlink('/proc/self/ns/pid')}"
     return {"host": platform.node(), "pid": os.getpid(), "boot": boot}
 
 
-def held(files: Files, study: str) -> bool:
-    """Whether somebody drives the study, as far as can be told at once: a holder elsewhere is taken to be alive."""
-    newest, released = _newest(files, study)
-    if not newest or released:
-        return False
-    holder, here = _holder(files, study, newest), this_process()
-    if (holder.get("host"), holder.get("boot_id")) != (here["host"], here["boot"]):
-        return True
-    return process_alive(holder.get("pid", 0))
+@dataclass(frozen=True, kw_only=True)
+class Sign:
+    """What is known of who drives a study."""
+
+    alive: bool | None
+    """None: not known yet."""
+    driver: str = ""
+    """The holder in words; empty where nobody holds the study."""
+    epoch: int = 0
+    """The newest one; 0: there was none yet."""
+    silent_seconds: float = 0.0
+    """For how long this process has seen no sign of life of a holder elsewhere."""
+
+    def as_json(self) -> dict[str, Any] | None:
+        """As `orchardist status --format json` prints it; None where nobody holds the study."""
+        if not self.driver:
+            return None
+        return {"held_by": self.driver, "alive": self.alive, "silent_seconds": round(self.silent_seconds, 1)}
+
+
+class Pulse:
+    """A study's driver, observed from look to look by the rule above.
+
+    `host`, `boot` and `pid` name the reader; by default this process, which is then no holder itself: `pid` is 0.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        study: str,
+        *,
+        host: str = "",
+        boot: str = "",
+        pid: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        alive: Callable[[int], bool] | None = None,
+    ) -> None:
+        here = this_process()
+        self._files = files
+        self._study = study
+        self._place = (host or here["host"], boot or here["boot"])
+        self._pid = pid
+        self._clock = clock
+        self._alive = alive
+        self._holder: tuple[int, dict[str, Any]] = 0, {}
+        self._seen: tuple[int, bytes | None] | None = None
+        self._moved = False
+        self._moved_at = 0.0
+        self._looked_at = 0.0
+        self._watched = 0.0
+
+    def look(self) -> Sign:
+        """Look once more, without waiting."""
+        began = self._clock()
+        newest, released = _newest(self._files, self._study)
+        if not newest or released:
+            self._seen = newest, None  # an epoch after it is a sign of life
+            return Sign(alive=False, epoch=newest)
+        if self._holder[0] != newest:
+            self._holder = newest, _holder(self._files, self._study, newest)
+        holder = self._holder[1]
+        if (holder.get("host"), holder.get("boot_id")) == self._place:
+            alive = holder["pid"] != self._pid and (self._alive(holder["pid"]) if self._alive else _runs(holder))
+            return Sign(alive=alive, driver=_named(holder), epoch=newest)
+        count = _bytes(self._files, paths.lease_file(self._study, newest, "beat"))
+        now = self._clock()
+        if self._seen == (newest, count):
+            self._watched += min(began - self._looked_at, BEAT_SECONDS)
+        else:
+            self._moved = self._seen is not None
+            self._seen, self._moved_at, self._watched = (newest, count), now, 0.0
+        self._looked_at = now
+        known = None if self._watched < DEAD_SECONDS else False
+        alive = True if self._moved and known is None else known
+        return Sign(alive=alive, driver=_named(holder), epoch=newest, silent_seconds=now - self._moved_at)
+
+
+def decided(pulse: Pulse, sleep: Callable[[float], None] = time.sleep) -> Sign:
+    """What is known of a driver once it is known: at most 15 s later, while the store answers."""
+    while (sign := pulse.look()).alive is None:
+        sleep(_POLL_SECONDS)
+    return sign
 
 
 def process_alive(pid: int) -> bool:
@@ -173,6 +267,21 @@ def process_alive(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
     except (OSError, IndexError):
         return True
+
+
+def _runs(holder: Mapping[str, Any]) -> bool:
+    """Whether the holder's process runs, and is not a later one that was given its number."""
+    pid, born = holder["pid"], holder.get("born")
+    return process_alive(pid) and (born is None or _born(pid) in (None, born))
+
+
+def _born(pid: int) -> int | None:
+    """When a process of this machine began, in ticks since boot; None where that cannot be told."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def _newest(files: Files, study: str) -> tuple[int, bool]:
@@ -192,32 +301,13 @@ def _holder(files: Files, study: str, epoch: int) -> dict[str, Any]:
     path = paths.lease_file(study, epoch, "json")
     try:
         holder = json.loads(files.read(path))
-        if isinstance(holder, dict) and isinstance(holder.get("pid"), int):
+        if isinstance(holder, dict) and isinstance(holder.get("pid"), int) and 0 < holder["pid"] < _PIDS:
             return holder
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, RecursionError) as error:
         if isinstance(error, StoreError):
             raise
     _LOG.warning("%s in the store %s does not say who holds the study; its counter is watched", path, files.name)
     return {}
-
-
-def _stands_still(
-    files: Files, study: str, epoch: int, clock: Callable[[], float], sleep: Callable[[float], None]
-) -> bool:
-    """Watches a holder's counter for 15 s; False as soon as it moves, True as well when the holder lets go."""
-    path = paths.lease_file(study, epoch, "beat")
-    first = _bytes(files, path)
-    watched = 0.0
-    while watched < DEAD_SECONDS:
-        before = clock()
-        sleep(_POLL_SECONDS)
-        # While the store did not answer, the holder's counter could not move.
-        watched += min(clock() - before, 2 * _POLL_SECONDS)
-        if files.exists(paths.lease_file(study, epoch, "released")):
-            return True
-        if _bytes(files, path) != first:
-            return False
-    return True
 
 
 def _bytes(files: Files, path: str) -> bytes | None:

@@ -1,48 +1,65 @@
 """The Parquet record of a study: outcomes, proposals and events.
 
 A driver appends rows and flushes them as immutable parts; compaction merges the parts from time to time. A part's
-place in the order is (epoch, seq): the epoch is its driver's lease, seq counts that driver's flushes.
+place in the order is (epoch, seq): the epoch is its driver's lease, seq counts that driver's files.
 
     proposals, events   parts -> `<epoch>-<seq>-<kind>.all.parquet`, which stands for everything up to (epoch, seq);
                         a driver's first one has seq 0: later decisions of older drivers count for nothing
-    outcomes            parts -> `outcomes.parquet`, whose metadata `covers` names, for each epoch, the last seq in it:
-                        a late part of an older driver is a fact like any other, and is not taken for covered
+    outcomes            parts -> `<epoch>-<seq>-outcomes.all.parquet`, whose metadata `covers` names, for each epoch,
+                        the last seq in it: a late part of an older driver is a fact like any other, and is not taken
+                        for covered; `merged` is the file's own (epoch, seq)
+                        -> `outcomes.parquet`, a copy of it for other programs, under a name that stays
 
-Files are deleted only after the one that covers them is durable, so a reader that finds a file gone lists again. While
-a driver is at work they stay for some time longer: a merged file may be overwritten by the late request of an older
-driver, or of this one, and then nothing is lost.
+Of merged files the newest counts. None is ever written again, so that the request of an older driver that is carried
+out late makes a file that nobody looks at. It may overwrite `outcomes.parquet`, which our own readers look at only
+where no merged file can be read; `merged` says what it is a copy of, and whoever next drives the study, or collects
+its garbage, puts it right.
+
+Files are deleted only after the one that covers them is durable and while no newer driver is there, so a reader that
+finds a file gone lists again. While a driver is at work they stay for some time longer: what a broken connection tears
+can be made again from them.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
-import pyarrow.compute as pc  # type: ignore[import-untyped,unused-ignore]
-import pyarrow.parquet as pq  # type: ignore[import-untyped,unused-ignore]
 
-from orchestrator.errors import StoreError
-from orchestrator.outcome import EVENT_COLUMNS, MEASURES, OUTCOME_COLUMNS, PROPOSAL_COLUMNS, SCHEMA_VERSION
 from orchestrator.store import paths
-from orchestrator.store.files import Data, Files
+from orchestrator.store.backend import Data
+from orchestrator.store.files import Files
 from orchestrator.store.paths import Part
+from orchestrator.store.rows import (
+    COLUMNS,
+    SCHEMAS,
+    Rows,
+    Unreadable,
+    batch_of,
+    concat,
+    in_order,
+    merge,
+    serialise,
+    unreadable,
+)
+from orchestrator.store.tables import (
+    Merged,
+    covers,
+    load,
+    merged_and_parts,
+    merged_outcomes,
+    newest_outcomes,
+    parts_of,
+    uncovered,
+    uncovered_outcomes,
+)
 
 _LOG = logging.getLogger("orchardist.store")
-
-COLUMNS: dict[str, dict[str, str]] = {
-    "proposals": PROPOSAL_COLUMNS,
-    "outcomes": OUTCOME_COLUMNS,
-    "events": EVENT_COLUMNS,
-}
-"""Column tables by kind, in the order in which a flush writes: no event speaks of an outcome that is not there yet."""
 
 MOST_PARTS = 64
 """More uncovered parts of one kind than this are due for compaction."""
@@ -52,34 +69,6 @@ GRACE_SECONDS = 30.0
 
 _SHORTEST_INTERVAL_SECONDS = 10.0
 _INTERVAL_PER_DURATION = 20.0
-_READ_ATTEMPTS = 10
-# Small groups let a reader fetch a few rows in full without decoding the rest; still smaller ones slow the whole
-# column down.
-_ROWS_PER_GROUP = 2 * 1024
-# Columns whose values repeat from row to row. Unique ones such as keys only cost time in a dictionary.
-_REPEATING = {"trial", "round", "seed", "params", "task_digest", "device", "versions", "event", "total_params", "flops"}
-
-_TELLING = {"proposals": "proposed_at", "outcomes": "round", "events": "event"}
-"""A column that only this kind has: files may have been swapped."""
-
-Watermarks = dict[int, int]
-"""For each epoch the last seq that a merged file holds."""
-
-
-def schema(kind: str) -> Any:
-    """The fixed Arrow schema of a kind of row, `schema_version` in its metadata. Every column may be null."""
-    types = {
-        "text": pa.string(),
-        "json": pa.string(),
-        "integer": pa.int64(),
-        "float": pa.float64(),
-        "floats": pa.list_(pa.float64()),
-    }
-    fields = [pa.field(name, types[type_]) for name, type_ in COLUMNS[kind].items()]
-    return pa.schema(fields, metadata={"schema_version": str(SCHEMA_VERSION)})
-
-
-SCHEMAS = {kind: schema(kind) for kind in COLUMNS}
 
 
 class Ledger:
@@ -102,6 +91,8 @@ class Ledger:
         self._unsure: dict[str, _Unsure] = {}
         self._covered_at: dict[Part, float] = {}
         self._uncovered = dict.fromkeys(COLUMNS, 0)
+        self._hidden = True
+        """There are no merged outcomes yet: other programs see nothing of the study."""
         self._compacted_at = clock()
         self._compaction_seconds = 0.0
         paths.study(study)  # a wrong name is refused now, not at the first flush
@@ -112,7 +103,7 @@ class Ledger:
         assert kind in COLUMNS, kind
         if not rows:
             return
-        batch = _batch(kind, rows)
+        batch = batch_of(kind, rows)
         with self._buffer_lock:
             self._buffers[kind].append(batch)
 
@@ -125,7 +116,7 @@ class Ledger:
                     if kind not in self._unsure:
                         with self._buffer_lock:
                             batches = tuple(buffer)
-                        data = _serialise(pa.Table.from_batches(batches).combine_chunks())
+                        data = serialise(pa.Table.from_batches(batches).combine_chunks())
                         self._unsure[kind] = _Unsure(self._next(kind), data, len(batches))
                     # After an answer that was lost, the same bytes go under the same name: no row is there twice.
                     unsure = self._unsure[kind]
@@ -138,10 +129,12 @@ class Ledger:
 
     def should_compact(self) -> bool:
         """Whether a kind has more than 64 uncovered parts, or some, and enough time has passed since the last
-        compaction: 10 s, or 20 times as long as that one took."""
+        compaction: 10 s, or 20 times as long as that one took. The first outcomes wait for nothing."""
         with self._part_lock:
             self._start()
             most = max(self._uncovered.values())
+            if self._hidden and self._uncovered["outcomes"]:
+                return True
         interval = max(_SHORTEST_INTERVAL_SECONDS, _INTERVAL_PER_DURATION * self._compaction_seconds)
         return most > MOST_PARTS or (most > 0 and self._clock() - self._compacted_at >= interval)
 
@@ -161,6 +154,7 @@ class Ledger:
                     merged = compact(kind, grace_seconds)
                     with self._part_lock:
                         self._uncovered[kind] -= merged
+                        self._hidden = self._hidden and not (kind == "outcomes" and merged)
             except (_Superseded, FileNotFoundError):
                 _LOG.warning(
                     "study %s has a newer driver than epoch %d, which merges its parts", self.study, self.epoch
@@ -172,12 +166,13 @@ class Ledger:
         """Finds where this epoch's numbers go on: a part numbered below a merged file's end would count as covered."""
         if self._seq is not None:
             return
-        found = _list(self.files, self.study)
-        opened = _open_outcomes(self.files, self.study)
-        watermarks = opened.watermarks if opened else {}
-        self._seq = max([part.seq for part in found if part.epoch == self.epoch] + [watermarks.get(self.epoch, 0)])
+        found, merged = newest_outcomes(self.files, self.study)
+        watermark = merged.rows.watermarks.get(self.epoch, 0) if merged else 0
+        self._seq = max([part.seq for part in found if part.epoch == self.epoch] + [watermark])
         for kind in COLUMNS:
-            self._uncovered[kind] = len(_uncovered(found, kind, watermarks)[1])
+            parts = uncovered_outcomes(found, merged) if kind == "outcomes" else uncovered(found, kind)[1]
+            self._uncovered[kind] = len(parts)
+        self._hidden = merged is None
 
     def _next(self, kind: str) -> Part:
         """The next name for a part."""
@@ -188,25 +183,29 @@ class Ledger:
 
     def _delete(self, covered: Sequence[Part], grace_seconds: float) -> None:
         now = self._clock()
-        for part in covered:
-            if now - self._covered_at.setdefault(part, now) >= grace_seconds:
-                self.files.delete(paths.part(self.study, part))
-                del self._covered_at[part]
+        due = [part for part in covered if now - self._covered_at.setdefault(part, now) >= grace_seconds]
+        if due:
+            # A newer driver may have begun before the file that covers these was there, and then it needs them. One
+            # that begins from now on finds that file.
+            self._refuse_if_superseded()
+        for part in due:
+            self.files.delete(paths.part(self.study, part))
+            del self._covered_at[part]
 
     def _refuse_if_superseded(self) -> None:
         leases = [lease[0] for name in self.files.list(paths.lease(self.study)) if (lease := paths.parse_lease(name))]
-        if max([part.epoch for part in _list(self.files, self.study)] + leases, default=0) > self.epoch:
+        if max([part.epoch for part in parts_of(self.files, self.study)] + leases, default=0) > self.epoch:
             raise _Superseded
 
     def _compact_decisions(self, kind: str, grace_seconds: float) -> int:
-        found = _list(self.files, self.study)
+        found = parts_of(self.files, self.study)
         torn: list[Part] = []
 
-        def aside(part: Part, error: _Unreadable) -> None:
-            torn.append(part)
-            self._set_aside(part, error, stays=True)
+        def aside(path: str, error: Unreadable) -> None:
+            torn.extend(part for part in found if paths.part(self.study, part) == path)
+            self._set_aside(path, kind, error, stays=True)
 
-        merged, before, parts = _opened(self.files, self.study, found, kind, aside)
+        merged, before, parts = merged_and_parts(self.files, self.study, found, kind, aside)
         newest = parts[-1]._replace(merged=True) if parts else merged
         if newest is None and self.epoch <= 1 and not torn:
             return 0
@@ -215,11 +214,11 @@ class Ledger:
         last = max([newest or Part(0, 0, kind, merged=True), Part(self.epoch, 0, kind, merged=True), *torn])
         if last != merged:
             tables = [*before, *(self._load_or_set_aside(part) for part in parts)]
-            data = _serialise(_concat(kind, tables))
+            data = serialise(concat(kind, tables))
             self._refuse_if_superseded()
             path = paths.part(self.study, last)
             # A file of this name can only be the same merge, or what a broken connection left of it.
-            spoilt = partial(self.files.set_aside, path, "is torn", _unreadable(kind), stays=True)
+            spoilt = partial(self.files.set_aside, path, "is torn", unreadable(kind), stays=True)
             if not self.files.create(path, data) and spoilt():
                 self.files.write(path, data)
         covered = [part for part in found if part.kind == kind and part != last and part.position <= last.position]
@@ -227,118 +226,79 @@ class Ledger:
         return len(parts)
 
     def _compact_outcomes(self, kind: str, grace_seconds: float) -> int:
-        found = _list(self.files, self.study)
-        opened = _open_outcomes(self.files, self.study)
-        if opened is None:
-            # Nothing happens here unless the file is unreadable; the states' headers still know what it held.
-            self.files.set_aside(paths.outcomes(self.study), "is unreadable", _unreadable("outcomes"), stays=True)
-        watermarks = dict(opened.watermarks) if opened else {}
-        _, parts = _uncovered(found, kind, watermarks)
-        if parts:
-            rows = _concat(kind, [self._load_or_set_aside(part) for part in parts])
+        found = parts_of(self.files, self.study)
+        spoilt = False
+
+        def aside(path: str, error: Unreadable) -> None:
+            nonlocal spoilt
+            spoilt = True
+            if not self._set_aside(path, kind, error, stays=True):
+                raise FileNotFoundError(path)  # it is whole by now
+
+        for merged in merged_outcomes(self.files, self.study, found, aside):
+            parts = uncovered_outcomes(found, merged)
             try:
-                rows = _merge(opened, rows, None)
-            except _Unreadable as error:
-                why, path = f"is damaged ({error})", paths.outcomes(self.study)
-                self.files.set_aside(path, why, _unreadable("outcomes"), stays=True)
-                rows = _merge(None, rows, None)
-            for part in parts:
-                watermarks[part.epoch] = max(part.seq, watermarks.get(part.epoch, 0))
-            covers = " ".join(f"{epoch:06d}-{seq:08d}" for epoch, seq in sorted(watermarks.items()))
-            data = _serialise(_sorted(rows), covers=covers)
-            # There is no replace-if-unchanged: an older driver that was asleep must not undo a newer one's merge.
-            self._refuse_if_superseded()
-            self.files.write(paths.outcomes(self.study), data)
-        covered = [part for part in found if part.kind == kind and part.seq <= watermarks.get(part.epoch, 0)]
-        self._delete(covered, grace_seconds)
+                data = None
+                if parts or spoilt or (merged is not None and merged.part is None):
+                    merged, data = self._merge_outcomes(merged, parts)
+                break
+            except Unreadable as error:
+                assert merged is not None
+                aside(merged.path, error)
+        if merged is not None and merged.part is not None:
+            newest = merged.part
+            if data is not None or self._published() != newest.position:
+                copy = self.files.map(merged.path) if data is None else data
+                self.files.write(paths.outcomes(self.study), copy, self._refuse_if_superseded)
+            covered = [
+                part
+                for part in found
+                if part.kind == kind and (part < newest if part.merged else covers(merged.rows.watermarks, part))
+            ]
+            self._delete(covered, grace_seconds)
         return len(parts)
+
+    def _merge_outcomes(self, merged: Merged | None, parts: Sequence[Part]) -> tuple[Merged, Data]:
+        """A new merged file of what was merged and of the parts. Raises `Unreadable` for what was merged."""
+        rows = concat("outcomes", [self._load_or_set_aside(part) for part in parts])
+        rows = in_order(merge(merged.rows if merged else None, rows, None))
+        watermarks = dict(merged.rows.watermarks) if merged else {}
+        for part in parts:
+            watermarks[part.epoch] = max(part.seq, watermarks.get(part.epoch, 0))
+        told = " ".join(_position(*item) for item in sorted(watermarks.items()))
+        while True:
+            with self._part_lock:
+                part = self._next("outcomes")._replace(merged=True)
+            data = serialise(rows, covers=told, merged=_position(*part.position))
+            self._refuse_if_superseded()
+            path = paths.part(self.study, part)
+            if self.files.create(path, data):
+                return Merged(Rows(data, "outcomes"), path, part), data
+
+    def _published(self) -> tuple[int, int] | None:
+        """Of which merged file `outcomes.parquet` is a copy; None where it is absent, or none of ours."""
+        path = paths.outcomes(self.study)
+        try:
+            return Rows(self.files.map(path), "outcomes").merged
+        except FileNotFoundError:
+            return None
+        except Unreadable as error:
+            self._set_aside(path, "outcomes", error, stays=True)
+            return None
 
     def _load_or_set_aside(self, part: Part) -> Any:
         try:
-            return _load(self.files, self.study, part, None)
-        except _Unreadable as error:
-            self._set_aside(part, error)
+            return load(self.files, self.study, part, None)
+        except Unreadable as error:
+            self._set_aside(paths.part(self.study, part), part.kind, error)
             return SCHEMAS[part.kind].empty_table()
 
-    def _set_aside(self, part: Part, error: _Unreadable, *, stays: bool = False) -> None:
-        path = paths.part(self.study, part)
-        self.files.set_aside(path, f"is unreadable ({error})", _unreadable(part.kind), stays=stays)
+    def _set_aside(self, path: str, kind: str, error: Unreadable, *, stays: bool = False) -> bool:
+        return self.files.set_aside(path, f"is unreadable ({error})", unreadable(kind), stays=stays)
 
 
-def read(files: Files, study: str, kind: str, columns: Sequence[str] | None = None) -> Any:
-    """A `pyarrow.Table` of all committed rows of a kind, with the given columns or all; no rows for an unknown study.
-
-    Proposals and events come in the order in which they were written. Outcomes have one row for each key, sorted by
-    (trial, round, seed) as far as they are compacted; while nothing is uncovered, `outcomes.parquet` is returned as is.
-    An unreadable file is reported to the log and left out.
-    """
-    assert kind in COLUMNS, kind
-    assert columns is None or set(columns) <= set(COLUMNS[kind]), (kind, columns)
-    for _ in range(_READ_ATTEMPTS):
-        # Listing first: what a compaction deletes from now on is in the merged file that is opened afterwards.
-        found = _list(files, study, report=True)
-        opened = _open_outcomes(files, study) if kind == "outcomes" else None
-        try:
-            if kind != "outcomes":
-                _, before, parts = _opened(files, study, found, kind, partial(_skip, files, study), columns)
-                later = [_load_or_skip(files, study, part, columns) for part in parts]
-                return _concat(kind, [*before, *later], columns)
-            parts = _uncovered(found, kind, opened.watermarks if opened else {})[1]
-            rows = _concat("outcomes", [_load_or_skip(files, study, part, None) for part in parts])
-            try:
-                return opened.table(columns) if opened and not parts else _merge(opened, rows, columns)
-            except _Unreadable as error:
-                _LOG.warning("%s in the store %s is damaged (%s); skipped", paths.outcomes(study), files.name, error)
-                return _merge(None, rows, columns)
-        except FileNotFoundError:
-            continue
-    raise StoreError(f"{paths.ledger(study)} in the store {files.name} changes too fast to be read")
-
-
-class Outcomes:
-    """A study's outcomes as they stand at one moment: columns of all rows, and single rows in full."""
-
-    def __init__(self, files: Files, study: str) -> None:
-        self._files = files
-        self._study = study
-        found = _list(files, study, report=True)
-        self._opened = _open_outcomes(files, study)
-        parts = _uncovered(found, "outcomes", self._opened.watermarks if self._opened else {})[1]
-        self._table = read(files, study, "outcomes") if parts or self._opened is None else None
-
-    def table(self, columns: Sequence[str]) -> Any:
-        """The columns of every row, as a `pyarrow.Table`."""
-        if self._table is not None:
-            return self._table.select(list(columns))
-        assert self._opened is not None
-        try:
-            return self._opened.table(columns)
-        except _Unreadable:
-            self._table = read(self._files, self._study, "outcomes")  # which says so, and has what is left
-            return self._table.select(list(columns))
-
-    def starting_with(self, key: str) -> list[int]:
-        """The rows whose key begins so; indices count the rows of `table`."""
-        return list(np.flatnonzero(pc.starts_with(self.table(["key"])["key"], key).to_numpy()).tolist())
-
-    def rows(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The given columns, or all, of the rows at `indices`, in that order; indices count the rows of `table`.
-
-        Raises:
-            StoreError: the rows are damaged, though not in the columns that were read before.
-        """
-        if self._table is not None:
-            table = self._table if columns is None else self._table.select(list(columns))
-            return list(table.take(indices).to_pylist())
-        assert self._opened is not None
-        try:
-            return self._opened.rows(indices, columns)
-        except _Unreadable as error:
-            path = paths.outcomes(self._study)
-            raise StoreError(
-                f"{path} in the store {self._files.name} is damaged ({error}); run the study once more: its states "
-                "still know what was measured"
-            ) from error
+def _position(epoch: int, seq: int) -> str:
+    return f"{epoch:06d}-{seq:08d}"
 
 
 class _Unsure(NamedTuple):
@@ -350,262 +310,5 @@ class _Unsure(NamedTuple):
     """How many of the buffered batches are in it, from the first."""
 
 
-class _Unreadable(Exception):
-    """A torn or foreign Parquet file."""
-
-
 class _Superseded(Exception):
     """A newer driver is at work."""
-
-
-class _Parquet:
-    """One of this module's Parquet files, its rows still unread. Raises `_Unreadable`, here or when they are read."""
-
-    def __init__(self, data: Data, kind: str) -> None:
-        self.kind = kind
-        try:
-            self._file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)), page_checksum_verification=True)
-            self._present = set(self._file.schema_arrow.names)
-            metadata = self._file.schema_arrow.metadata or {}
-            self._version = int(metadata[b"schema_version"])
-            covers = metadata.get(b"covers", b"").decode().split()
-            self.watermarks = {int(epoch): int(seq) for epoch, _, seq in (cover.partition("-") for cover in covers)}
-            if {name for other, name in _TELLING.items() if other != kind} & self._present:
-                raise _Unreadable(f"it holds no {kind}")
-        except KeyError:
-            raise _Unreadable("it has no schema_version") from None
-        except _ARROW_ERRORS as error:
-            raise _Unreadable(_line(error)) from error
-
-    def rows(self, indices: Sequence[int], columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The rows at `indices` in that order; only the row groups that hold them are read."""
-        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
-        starts = np.cumsum([0, *sizes])
-        wanted = np.asarray(indices, dtype=np.int64)
-        groups = np.searchsorted(starts, wanted, side="right") - 1
-        found: dict[int, dict[str, Any]] = {}
-        for group in np.unique(groups).tolist():
-            of_group = wanted[groups == group]
-            table = self.table(columns, group=group).take(of_group - starts[group])
-            found.update(zip(of_group.tolist(), table.to_pylist(), strict=True))
-        return [found[index] for index in wanted.tolist()]
-
-    def table(self, columns: Sequence[str] | None = None, *, group: int | None = None) -> Any:
-        """In the schema of now: columns that an older version lacked are null, those of a later one are left out."""
-        fields = [SCHEMAS[self.kind].field(name) for name in (COLUMNS[self.kind] if columns is None else columns)]
-        names = [field.name for field in fields if field.name in self._present]
-        try:
-            # In this thread: another could still hold the buffer, a Python object, while Python ends, and crash it.
-            if group is None:
-                found = self._file.read(names, use_threads=False)
-            else:
-                found = self._file.read_row_group(group, names, use_threads=False)
-            arrays = [
-                _as(found[field.name], field.type)
-                if field.name in self._present
-                else pa.nulls(found.num_rows, field.type)
-                for field in fields
-            ]
-        except _ARROW_ERRORS as error:
-            raise _Unreadable(_line(error)) from error
-        return pa.Table.from_arrays(arrays, schema=pa.schema(fields, metadata=SCHEMAS[self.kind].metadata))
-
-
-def _as(column: Any, type_: Any) -> Any:
-    """The column in the type of now; a cast that changes nothing costs as much as a read."""
-    return column if column.type == type_ else column.cast(type_)
-
-
-# What pyarrow raises for bytes that are not, or not wholly, the file they should be. Reading them is not in here.
-_ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _unreadable(kind: str) -> Callable[[bytes], bool]:
-    """Whether no ledger can have written these bytes for a kind."""
-
-    def check(data: bytes) -> bool:
-        try:
-            _Parquet(data, kind).table()
-        except _Unreadable:
-            return True
-        return False
-
-    return check
-
-
-def _open_outcomes(files: Files, study: str) -> _Parquet | None:
-    """The merged outcomes, their rows unread; None when they are absent or, with a warning, unreadable."""
-    path = paths.outcomes(study)
-    try:
-        return _Parquet(files.map(path), "outcomes")
-    except FileNotFoundError:
-        return None
-    except _Unreadable as error:
-        _LOG.warning("%s in the store %s is unreadable (%s); skipped", path, files.name, error)
-        return None
-
-
-def _opened(
-    files: Files,
-    study: str,
-    found: list[Part],
-    kind: str,
-    spoilt: Callable[[Part, _Unreadable], None],
-    columns: Sequence[str] | None = None,
-) -> tuple[Part | None, list[Any], list[Part]]:
-    """The newest merged file of a kind, its rows, and the parts that it does not cover.
-
-    A spoilt one covers nothing: it is taken out of `found`, and what it was made of counts as far as that is there.
-    """
-    while True:
-        merged, parts = _uncovered(found, kind, {})
-        if merged is None:
-            return None, [], parts
-        try:
-            return merged, [_load(files, study, merged, columns)], parts
-        except _Unreadable as error:
-            spoilt(merged, error)
-            found.remove(merged)
-
-
-def _load(files: Files, study: str, part: Part, columns: Sequence[str] | None) -> Any:
-    return _Parquet(files.read(paths.part(study, part)), part.kind).table(columns)
-
-
-def _load_or_skip(files: Files, study: str, part: Part, columns: Sequence[str] | None) -> Any:
-    try:
-        return _load(files, study, part, columns)
-    except _Unreadable as error:
-        _skip(files, study, part, error)
-        return _concat(part.kind, [], columns)
-
-
-def _skip(files: Files, study: str, part: Part, error: _Unreadable) -> None:
-    _LOG.warning("%s in the store %s is unreadable (%s); skipped", paths.part(study, part), files.name, error)
-
-
-def _list(files: Files, study: str, *, report: bool = False) -> list[Part]:
-    """The ledger's files in the order of writing."""
-    found = []
-    for name in files.list(paths.ledger(study)):
-        part = paths.parse_part(name)
-        if part is not None and part.kind in COLUMNS and not (part.merged and part.kind == "outcomes"):
-            found.append(part)
-        elif report:
-            _LOG.warning(
-                "%s/%s in the store %s is no file of the ledger; skipped", paths.ledger(study), name, files.name
-            )
-    return sorted(found)
-
-
-def _uncovered(found: list[Part], kind: str, watermarks: Watermarks) -> tuple[Part | None, list[Part]]:
-    """The newest merged file of a kind, if any, and the parts that neither it nor `outcomes.parquet` covers."""
-    ours = [part for part in found if part.kind == kind]
-    merged = max((part for part in ours if part.merged), default=None)
-    return merged, [
-        part
-        for part in ours
-        if not part.merged
-        and (merged is None or part.position > merged.position)
-        and part.seq > watermarks.get(part.epoch, 0)
-    ]
-
-
-def _batch(kind: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    columns = COLUMNS[kind]
-    for row in rows:
-        assert row.keys() <= columns.keys(), f"{kind} have no columns {sorted(row.keys() - columns.keys())}"
-        assert kind != "outcomes" or row.get("key"), "an outcome without a key"
-    arrays = []
-    for name, type_ in columns.items():
-        values = [row.get(name) for row in rows]
-        try:
-            if type_ == "json":
-                values = [None if value is None else _json(value) for value in values]
-            arrays.append(pa.array(values, SCHEMAS[kind].field(name).type))
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{kind}, column {name} ({type_}): {_line(error)}") from error
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMAS[kind])
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, sort_keys=True, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(value), sort_keys=True, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _concat(kind: str, tables: Sequence[Any], columns: Sequence[str] | None = None) -> Any:
-    if tables:
-        return pa.concat_tables(tables)
-    empty = SCHEMAS[kind].empty_table()
-    return empty if columns is None else empty.select(list(columns))
-
-
-def _serialise(table: Any, covers: str | None = None) -> Data:
-    if covers is not None:
-        table = table.replace_schema_metadata({**table.schema.metadata, "covers": covers})
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        compression="snappy",  # two thirds more on disk than zstd, and read in a third of the time
-        row_group_size=_ROWS_PER_GROUP,
-        use_dictionary=[name for name in table.column_names if name in _REPEATING],
-        write_page_checksum=True,
-    )
-    return memoryview(sink.getvalue()).cast("B")
-
-
-def _merge(opened: _Parquet | None, rows: Any, columns: Sequence[str] | None) -> Any:
-    """Merged outcomes with new rows behind them, one row for each key, in the given columns.
-
-    The merged ones have each key once already, so that only rows whose key comes again are looked at.
-    """
-    chosen = list(COLUMNS["outcomes"] if columns is None else columns)
-    if opened is None:
-        return _deduplicated(rows).select(chosen)
-    merged = opened.table(chosen if "key" in chosen else [*chosen, "key"])
-    known = pc.is_in(merged["key"], value_set=rows["key"].combine_chunks())
-    if pc.any(known).as_py():
-        rows = pa.concat_tables([opened.table().filter(known), rows])
-        merged = merged.filter(pc.invert(known))
-    return pa.concat_tables([merged.select(chosen), _deduplicated(rows).select(chosen)])
-
-
-def _deduplicated(rows: Any) -> Any:
-    """One row for each key: one with measures before one without, then the lowest (trial, round), then the first."""
-    if rows.num_rows == 0:
-        return rows
-    key = rows["key"].combine_chunks().dictionary_encode().indices.to_numpy()
-    unmeasured = np.ones(rows.num_rows, dtype=bool)
-    for name in MEASURES:
-        unmeasured &= rows[name].is_null().to_numpy()
-    order = np.lexsort((_integers(rows["round"]), _integers(rows["trial"]), unmeasured, key))
-    first = np.ones(rows.num_rows, dtype=bool)
-    first[1:] = key[order][1:] != key[order][:-1]
-    return rows if first.all() else rows.take(np.sort(order[first]))
-
-
-def _sorted(rows: Any) -> Any:
-    order = np.lexsort([_integers(rows[name]) for name in ("seed", "round", "trial")])
-    return rows if (order[1:] > order[:-1]).all() else rows.take(order)
-
-
-def _integers(column: Any) -> Any:
-    """As numpy, null behind every number."""
-    return column.fill_null(np.iinfo(np.int64).max).to_numpy()

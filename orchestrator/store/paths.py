@@ -34,6 +34,7 @@ _STUDY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"(\d{6,})-(\d{8,})-([a-z]+)(\.all)?\.parquet")
 _CHECKPOINT = re.compile(r"([0-9a-f]{64})\.(\d{12})\.safetensors")
+_PROBE = re.compile(r"\.probe-[0-9a-f]{16}")
 _LEASE = re.compile(r"(\d{6,})\.(json|beat|released)")
 
 
@@ -155,6 +156,10 @@ def handshake(token: str) -> str:
 
 def probe(token: str) -> str:
     return f".probe-{token}"
+
+
+def is_probe(name: str) -> bool:
+    return _PROBE.fullmatch(name) is not None
 
 
 def set_aside(path: str, token: str) -> str:

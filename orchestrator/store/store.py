@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.store import paths
@@ -15,7 +15,8 @@ from orchestrator.store.files import Files
 from orchestrator.store.states import States
 
 if TYPE_CHECKING:
-    from orchestrator.store.ledger import Ledger, Outcomes
+    from orchestrator.store.ledger import Ledger
+    from orchestrator.store.tables import Outcomes
 
 _LOG = logging.getLogger("orchardist.store")
 
@@ -35,6 +36,10 @@ class Store:
         self.checkpoints = Checkpoints(self.files)
         self.url = self.files.url
         self.name = self.files.name
+
+    def used(self) -> int:
+        """The bytes of all states and checkpoints, of every study: all but a little of what is in a store."""
+        return sum(map(self.files.used, (paths.STATES, paths.CHECKPOINTS)))
 
     def study_exists(self, name: str) -> bool:
         """Raises `StoreError` for a name that no study can have."""
@@ -61,12 +66,15 @@ class Store:
         _LOG.warning("%s in the store %s is not a study's; skipped", paths.study(name), self.name)
         return None
 
-    def write_study(self, name: str, toml_text: str, meta: Mapping[str, Any]) -> None:
-        """Puts the study file and what is to be noted beside it in the place of earlier ones."""
+    def write_study(
+        self, name: str, toml_text: str, meta: Mapping[str, Any], first: Callable[[], None] | None = None
+    ) -> None:
+        """Puts the study file and what is to be noted beside it in the place of earlier ones; `first` as for
+        `Files.write`."""
         data = json.dumps({**meta, _SUM: _sum(meta)}, sort_keys=True, allow_nan=False).encode()
         # The notes come last: a study counts from them on, so that it is never half there.
-        self.files.write(paths.study_toml(name), toml_text.encode())
-        self.files.write(paths.study_meta(name), data)
+        self.files.write(paths.study_toml(name), toml_text.encode(), first)
+        self.files.write(paths.study_meta(name), data, first)
 
     def ledger(self, name: str, epoch: int) -> Ledger:
         """The pen of the study's driver under its lease's epoch."""
@@ -75,14 +83,14 @@ class Store:
         return Ledger(self.files, name, epoch)
 
     def table(self, name: str, kind: str, columns: Sequence[str] | None = None) -> Any:
-        """A `pyarrow.Table` of the study's outcomes, proposals or events; see `ledger.read`."""
-        from orchestrator.store import ledger
+        """A `pyarrow.Table` of the study's outcomes, proposals or events; see `tables.read`."""
+        from orchestrator.store import tables
 
-        return ledger.read(self.files, name, kind, columns)
+        return tables.read(self.files, name, kind, columns)
 
     def outcomes(self, name: str) -> Outcomes:
         """The study's outcomes as they stand now, to be read in columns and in single rows."""
-        from orchestrator.store.ledger import Outcomes
+        from orchestrator.store.tables import Outcomes
 
         return Outcomes(self.files, name)
 

@@ -23,7 +23,7 @@ class Trial:
 
     number: int
     params: Mapping[str, Any]
-    state: Literal["done", "failed", "running"]
+    state: Literal["done", "failed", "stopped", "running"]
     """A trial without an ending counts as running, also while nobody runs it: the next `run` goes on with it."""
     values: Sequence[float] | None
     """Of the objectives, after the last round; means over seeds."""
@@ -44,7 +44,7 @@ def trials(study: Study) -> list[Trial]:
     past = history.read(store, name)
     ended: dict[int, tuple[float, Sequence[str]]] = {}
     for row in history.rows(store.table(name, "events", ["event", "trial", "at", "detail"])):
-        if row["event"] in ("done", "failed"):
+        if row["event"] in ("done", "failed", "stopped"):
             ended[row["trial"]] = row["at"], json.loads(row["detail"] or "{}").get("keys", ())
     columns = store.table(name, "proposals", ["trial", "proposed_at"])
     began = dict(zip(columns["trial"].to_pylist(), columns["proposed_at"].to_pylist(), strict=True))
@@ -59,7 +59,7 @@ def trials(study: Study) -> list[Trial]:
             Trial(
                 number=number,
                 params=params,
-                state="running" if ending is None else "done" if ending.state == "done" else "failed",
+                state="running" if ending is None else ending.state,
                 values=None if ending is None else ending.values,
                 constraints={} if ending is None else ending.constraints,
                 reason="" if ending is None else ending.reason,

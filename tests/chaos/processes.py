@@ -294,7 +294,7 @@ def _actors(pid: int) -> list[psutil.Process]:
     found = []
     try:
         for process in psutil.Process(pid).children(recursive=True):
-            if process.name().startswith("ray::_Actor"):
+            if process.name().startswith("ray::Actor"):
                 found.append(process)
     except psutil.NoSuchProcess:
         return []

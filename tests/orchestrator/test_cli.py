@@ -279,7 +279,8 @@ def test_another_study_a_changed_task_and_a_store_that_is_a_file(place: Path, sh
     done = shell("run", "study.toml", "--local")
     assert done.code == 2 and done.err == (
         "study.toml: the study 'small' in the store ./orchard was made from another study file: "
-        "train.lr was 0.05 and is now 0.01\nlegal: another name, or change only trials and [[enqueue]]\n"
+        "train.lr was 0.05 and is now 0.01\nlegal: another name, or change only trials, [[enqueue]] and "
+        "[stopping], or ask for more rounds\n"
     )
     (place / "study.toml").write_text(STUDY)
     (place / "blobs.py").write_text(small.BLOBS + "\n\nmore = 1\n")
@@ -379,7 +380,7 @@ def test_an_interrupt_that_a_destructor_swallows_comes_again() -> None:
 def test_an_interrupt_while_ray_starts(place: Path) -> None:
     command = [sys.executable, "-c", "from orchestrator.cli import main; main()", "run", "study.toml", "--workers", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    code = "import ray, orchestrator.pools.ray as r, os, signal, threading\n"
+    code = "import ray, orchestrator.pools.connection as r, os, signal, threading\n"
     command[2] = (
         code
         + "start = r._start\n"

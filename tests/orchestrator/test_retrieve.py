@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,7 @@ from orchestrator.errors import InputError, QueryError
 from orchestrator.export import pt2
 from orchestrator.measures.accuracy import evaluate
 from orchestrator.pools.local import LocalPool
-from orchestrator.store.ledger import Outcomes
+from orchestrator.store.tables import Outcomes
 from orchestrator.tasks.load import load as load_task
 from orchestrator.tasks.source import collect
 from tests.orchestrator.pools import small
@@ -254,6 +256,28 @@ def test_a_tampered_file_of_any_format_is_refused(
     (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(InputError, match=f"{name} is not the file that was fetched"):
         load(folder, format=format)
+
+
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        ("pt2", "model.pt2"),
+        ("onnx", "model.onnx"),
+        ("packed", "packed.safetensors"),
+        ("safetensors", "weights.safetensors"),
+    ],
+)
+def test_a_pickle_in_the_place_of_a_file_is_refused_though_the_card_agrees(
+    format: str, name: str, everything: Path, root: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(everything, tmp_path / "out"))
+    content = pickle.dumps({"0.weight": [1.0]})
+    (folder / name).write_bytes(content)
+    card = json.loads((folder / "card.json").read_text())
+    card["files"][name]["sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(InputError):
+        load(folder, None if format in ("pt2", "onnx") else str(root / "my_task.py"), format=format)
 
 
 def test_a_graph_needs_no_other_file(everything: Path, tmp_path: Path) -> None:

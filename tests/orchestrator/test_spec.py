@@ -384,6 +384,7 @@ def test_those_are_all_the_fields() -> None:
         "trials",
         "enqueue",
         "keep",
+        "max_store_gb",
         "checkpoint_minutes",
         "timeout_seconds",
     } == set(StudySpec.model_fields)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -10,10 +12,14 @@ from typing import Any
 import pytest
 
 from orchestrator import Study, StudySpec
+from orchestrator.cli import main
+from orchestrator.errors import StoreError
 from orchestrator.metrics import METRICS, metrics
 from orchestrator.pools.local import LocalPool
 from orchestrator.progress import Lines, Standing
+from orchestrator.store import lease
 from orchestrator.watching import EVERY_SECONDS, PATIENCE_SECONDS, standing_of, watch
+from tests.orchestrator.store.conftest import hurry
 
 
 class Clock:
@@ -37,6 +43,7 @@ def status(state: str, done: int) -> dict[str, Any]:
         "stages": {"asked": 2 * done, "run": done},
         "retries": {"preempted": 1, "worker died": 2},
         "best": {"accuracy": 0.9},
+        "driver": None,
     }
 
 
@@ -75,6 +82,47 @@ def test_a_study_that_nobody_runs_is_left_after_a_minute() -> None:
 def test_a_study_that_is_done_is_told_of_once() -> None:
     state, lines, seconds = followed(status("done", 4))
     assert state == "done" and len(lines) == 1 and seconds == 0
+
+
+def silent(seconds: float, *, alive: bool | None) -> dict[str, Any]:
+    """A status while the driver elsewhere has been silent for so long."""
+    said = {"held_by": "process 7 on there since 2026", "alive": alive, "silent_seconds": seconds}
+    return status("stopped" if alive is False else "running", 1) | {"driver": said}
+
+
+def test_a_driver_elsewhere_that_falls_silent_is_said_to_be_silent() -> None:
+    beating = [silent(seconds % 6, alive=True) for seconds in range(10)]
+    dying = [silent(2.0 * turn, alive=None if 2 * turn < 15 else False) for turn in range(60)]
+    state, lines, seconds = followed(*beating, *dying)
+    assert state == "stopped"
+    assert "no sign of life" not in lines[0] and "no sign of life" not in lines[1]
+    assert any(line.endswith("no sign of life from process 7 on there since 2026 for 40 s") for line in lines)
+    assert seconds == 10 * EVERY_SECONDS + 16 + PATIENCE_SECONDS, "the minute begins when it counts as dead"
+
+
+def test_a_driver_here_that_is_gone_is_said_to_be_gone() -> None:
+    state, lines, _ = followed(silent(0.0, alive=False))
+    assert state == "stopped" and lines[-1].endswith("process 7 on there since 2026 is gone")
+
+
+def test_a_store_that_is_away_for_a_while_ends_no_watch() -> None:
+    clock, stream = Clock(), StringIO()
+
+    def next_status() -> Mapping[str, Any]:
+        if 10 <= clock.now < away_until:
+            raise StoreError("cannot read")
+        return status("running" if clock.now < 400 else "done", 1)
+
+    away_until = 200.0
+    assert watch(next_status, Lines(stream, clock, at_once=True), clock=clock, sleep=clock.sleep) == "done"
+    assert "no answer of the store for 1" in stream.getvalue()
+    clock.now, away_until = 0.0, 1e9
+    with pytest.raises(StoreError, match="cannot read"):
+        watch(next_status, Lines(stream, clock), clock=clock, sleep=clock.sleep)
+    assert 300 <= clock.now < 320
+    with pytest.raises(StoreError, match="cannot read"):
+        watch(next_status, Lines(stream, clock), clock=clock, sleep=clock.sleep)
+    assert clock.now < 320, "one that never answered is not waited for"
 
 
 def test_an_interrupt_leaves_a_last_line() -> None:
@@ -123,3 +171,38 @@ def test_the_counts_are_those_of_the_standing() -> None:
     found = metrics(standing, 5)
     assert found["epochs_saved"] == 15 and found["queue_length"] == 5 and found["retries"] == 3
     assert found.keys() == METRICS.keys()
+
+
+# --- A driver on another machine -----------------------------------------------------------------------------------
+
+
+def test_a_study_whose_driver_died_elsewhere_is_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurry(monkeypatch)
+    study = Study(StudySpec(name="lost", task="digits", space={"rate": [0.5]}), tmp_path)
+    study.store.write_study("lost", study.spec.to_toml(), {"digest": study.spec.digest()})
+    dead = lease.acquire(study.store.files, "lost", host="elsewhere", pid=1, boot="b")
+    dead.beat()
+    found = study.status()
+    assert (
+        found["state"] == "stopped" and found["driver"]["alive"] is False and found["driver"]["silent_seconds"] >= 0.5
+    )
+    pulse = study.pulse()
+    assert (study.status(pulse)["state"], study.status(pulse)["driver"]["alive"]) == ("running", None), "not known yet"
+    with lease.beating(lease.Lease(study.store.files, "lost", dead.epoch)):
+        assert study.status()["state"] == "running"
+    assert call(["status", "lost", "--store", str(tmp_path), "--format", "json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["state"] == "stopped" and said["driver"]["held_by"].startswith("process 1 on elsewhere since 2")
+    assert call(["status", "lost", "--store", str(tmp_path)]) == 0
+    assert "process 1 on elsewhere since" in capsys.readouterr().out
+    dead.release()
+    assert study.status()["driver"] is None
+
+
+def call(arguments: list[str]) -> int:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["orchardist", *arguments])
+        main()
+    return int(ended.value.code or 0)

@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from orchestrator.jobs.entrypoint import CRASHED, INTERRUPTED, MOST_STARTS, STARTED, restarted
+from orchestrator.jobs.entrypoint import CRASHED, INTERRUPTED, LONG_SECONDS, MOST_STARTS, STARTED, restarted
+from tests.cluster import until
 
 KILLED = -signal.SIGKILL
 
@@ -18,13 +18,19 @@ KILLED = -signal.SIGKILL
 class Runs:
     """Drivers that end with the given codes, one after another."""
 
-    def __init__(self, codes: Sequence[int | None]) -> None:
+    def __init__(self, codes: Sequence[int | None], seconds: Sequence[float] = ()) -> None:
         self.codes = list(codes)
+        self.seconds = list(seconds)
         self.pauses: list[float] = []
         self.said: list[str] = []
+        self.now = 0.0
+
+    def run(self) -> int | None:
+        self.now += self.seconds.pop(0) if self.seconds else 1.0
+        return self.codes.pop(0)
 
     def __call__(self) -> int:
-        return restarted(lambda: self.codes.pop(0), sleep=self.pauses.append, told=self.said.append)
+        return restarted(self.run, sleep=self.pauses.append, clock=lambda: self.now, told=self.said.append)
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
@@ -47,6 +53,13 @@ def test_the_number_of_starts_is_bounded() -> None:
     assert runs() == 1
     assert len(runs.codes) == 100 - MOST_STARTS
     assert max(runs.pauses) == 120 and "giving up" in runs.said[-1]
+
+
+def test_a_driver_that_had_lived_long_is_started_as_if_for_the_first_time() -> None:
+    runs = Runs([KILLED] * 50 + [0], [1, 1, LONG_SECONDS, *[LONG_SECONDS] * 47])
+    assert runs() == 0
+    assert runs.pauses == [2, 4, *[2] * 48]
+    assert runs.said[2] == f"the driver was killed by signal 9; start 2 of {MOST_STARTS} in 2 s"
 
 
 def test_a_driver_that_was_asked_to_stop_stays_stopped() -> None:
@@ -87,7 +100,7 @@ def test_a_killed_process_goes_on_in_a_new_one(tmp_path: Path) -> None:
         "    sys.exit(0)\n"
     )
     process = launched(tmp_path, "study.toml", "--store", str(tmp_path / "store"), plot=plot)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert set(out.splitlines()) == {str(["orchardist", "run", "study.toml", "--store", str(tmp_path / "store")])}
     assert STARTED in err and "was killed by signal 9" in err
@@ -96,17 +109,27 @@ def test_a_killed_process_goes_on_in_a_new_one(tmp_path: Path) -> None:
 def test_a_stop_reaches_a_driver_that_got_no_signal_of_its_own(tmp_path: Path) -> None:
     plot = "import time, pathlib\ndef main():\n    pathlib.Path('up').touch()\n    time.sleep(60)\n"
     process = launched(tmp_path, "study.toml", plot=plot)
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "up").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until((tmp_path / "up").exists, 60, "there is a driver")
     process.terminate()
-    assert process.wait(timeout=20) == INTERRUPTED
+    assert process.wait(timeout=60) == INTERRUPTED
+    process.communicate()
+
+
+def test_a_driver_ends_with_the_process_that_would_start_it_again(tmp_path: Path) -> None:
+    plot = "import os, time, pathlib\ndef main():\n    pathlib.Path('up').write_text(f'{os.getpid()} ')\n    time.sleep(60)\n"
+    process = launched(tmp_path, "study.toml", plot=plot)
+    up = tmp_path / "up"
+    until(lambda: up.exists() and up.read_text().endswith(" "), 60, "there is a driver")
+    process.kill()
+    process.wait()
+    driver = Path("/proc") / up.read_text().strip()
+    until(lambda: not driver.exists() or "(zombie)" in (driver / "status").read_text(), 20, "it is gone")
     process.communicate()
 
 
 def test_a_store_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     process = launched(tmp_path, "study.toml", "--store", str(tmp_path / "file"), plot="main = None")
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert len(err.strip().splitlines()) == 1 and "it is not a folder" in err

@@ -10,15 +10,17 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from orchestrator.cli import app
 from orchestrator.errors import InputError, OrchardistError
 from orchestrator.jobs.entrypoint import STARTED
 from orchestrator.jobs.shipping import FOLDER, Shipment
@@ -64,7 +66,7 @@ class FakeClient:
         self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]
     ) -> str:
         if self.taken:
-            self.add(self.taken, "RUNNING", metadata=metadata)
+            self.add(self.taken, "RUNNING", metadata=metadata, entrypoint=entrypoint)
             self.taken = ""
         if any(job.submission_id == submission_id for job in self.jobs):
             raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
@@ -95,6 +97,12 @@ class FakeClient:
             yield self.logs[start : min(start + 7, length)]
         if length < len(self.logs):
             raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+
+def reached(monkeypatch: pytest.MonkeyPatch, client: FakeClient, *, token: bool = False) -> None:
+    """Whatever the address, there is this cluster."""
+    monkeypatch.setattr("orchestrator.jobs.submit.connect", lambda address: client)
+    monkeypatch.setattr("orchestrator.jobs.submit.wants_token", lambda address: token)
 
 
 def sent(client: FakeClient, store: str = STORE, shipped: Shipment = SENT) -> Any:
@@ -129,15 +137,16 @@ def test_a_live_job_is_joined(status: str) -> None:
     first = sent(client).id
     client.jobs[0].status = status
     again = sent(client)
-    assert (again.id, again.joined, again.same) == (first, True, True)
+    assert (again.id, again.joined, again.differs) == (first, True, ())
     assert len(client.jobs) == 1
 
 
-def test_joining_says_when_the_files_are_others() -> None:
+def test_joining_says_what_is_not_as_it_was_to_be_sent() -> None:
     client = FakeClient()
     sent(client)
     other = Shipment(study=SENT.study, house={}, yours={SENT.study: b"name = 'other'"}, left=())
-    assert not sent(client, shipped=other).same
+    assert sent(client, shipped=other).differs == ("files",)
+    assert submit(client, SENT, name="small", store=STORE, command="false").differs == ("options",)
 
 
 def test_of_two_who_submit_at_once_the_second_joins() -> None:
@@ -272,6 +281,7 @@ def test_a_cluster_out_of_reach_is_waited_for_but_not_for_ever() -> None:
         ((*SENSIBLE, "--gpus-per-worker", "1.5"), "--gpus-per-worker 1.5: legal: a fraction of one GPU"),
         ((*SENSIBLE, "--resource", "trials"), "--resource trials: legal: NAME=AMOUNT"),
         ((*SENSIBLE, "--label-selector", "spot"), "--label-selector spot: legal: KEY=VALUE"),
+        ((*SENSIBLE, "--log", "study.jsonl"), "--log study.jsonl: a relative path is gone with the job; legal: -"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_sent(
@@ -308,7 +318,7 @@ def test_what_workers_take_travels_in_the_job_s_command(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = FakeClient(logs=STARTED)
-    monkeypatch.setattr("orchestrator.jobs.submit.connect", lambda address: client)
+    reached(monkeypatch, client)
     monkeypatch.chdir(tmp_path)
     small.write_task(tmp_path)
     (tmp_path / "study.toml").write_text(STUDY)
@@ -319,15 +329,76 @@ def test_what_workers_take_travels_in_the_job_s_command(
     assert command[command.index("--address") :] == ["--address", "auto", "--store", "/shared/a", *words, *labels]
 
 
-def test_leaving_a_job_that_is_followed_leaves_it_running(
+ONLY_HERE = {"study", "address", "local"}
+"""What of `run` means nothing within a job, or something else."""
+GIVEN = {
+    "store": ["--store", "/shared/a b"],
+    "workers": ["--workers", "3"],
+    "gpus_per_worker": ["--gpus-per-worker", "0.0"],
+    "resource": ["--resource", "trials=1", "--resource", "rooms=2"],
+    "label_selector": ["--label-selector", "zone=!a"],
+    "cache_gb": ["--cache-gb", "0.5"],
+    "log": ["--log", "-"],
+    "accept_task_change": ["--accept-task-change"],
+}
+"""For each option of `run` that a job can have, words that are not its default."""
+
+
+def parameters(command: str) -> dict[str, Any]:
+    found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    return {parameter.name: parameter for parameter in found.params}
+
+
+def understood(command: str, words: Sequence[str]) -> dict[str, Any]:
+    """What the command line makes of the words, short of running the command."""
+    found = get_command(app).commands[command]  # type: ignore[attr-defined]
+    return dict(found.make_context(command, list(words)).params)
+
+
+def test_submit_has_every_option_of_run_that_a_job_can_have() -> None:
+    run, submit = parameters("run"), parameters("submit")
+    shared = run.keys() - ONLY_HERE
+    assert shared <= submit.keys(), "an option of `run` that `submit` does not take"
+    assert shared == GIVEN.keys(), "an option without words to try it with"
+    for name in shared:
+        one, other = run[name], submit[name]
+        assert (one.opts, one.multiple, one.is_flag, one.default) == (
+            other.opts,
+            other.multiple,
+            other.is_flag,
+            other.default,
+        ), name
+
+
+def test_the_driver_understands_what_submit_was_told(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = FakeClient(logs=STARTED)
+    reached(monkeypatch, client)
+    monkeypatch.chdir(tmp_path)
+    small.write_task(tmp_path)
+    (tmp_path / "study.toml").write_text(STUDY)
+    words = [word for given in GIVEN.values() for word in given]
+    assert shell("submit", "study.toml", "--address", "http://head:8265", *words).code == 0
+    command = shlex.split(client.jobs[0].entrypoint)
+    assert command[:4] == ["python", "-m", "orchestrator.jobs.entrypoint", f"{FOLDER}/study.toml"]
+    told, wanted = understood("run", command[3:]), understood("run", ["study.toml", *words])
+    assert told["address"] == "auto" and not told["local"]
+    assert {name: told[name] for name in GIVEN} == {name: wanted[name] for name in GIVEN}
+    nothing = understood("run", ["study.toml"])
+    assert all(told[name] != nothing[name] for name in GIVEN), "the words say something"
+
+
+@pytest.mark.parametrize(("token", "stop"), [(False, "ray job stop"), (True, "RAY_AUTH_MODE=token ray job stop")])
+def test_leaving_a_job_that_is_followed_leaves_it_running(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: bool, stop: str
 ) -> None:
     client = FakeClient()
 
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orchestrator.jobs.submit.connect", lambda address: client)
+    reached(monkeypatch, client, token=token)
     monkeypatch.setattr("orchestrator.jobs.submit.follow", interrupted)
     monkeypatch.chdir(tmp_path)
     small.write_task(tmp_path)
@@ -336,8 +407,25 @@ def test_leaving_a_job_that_is_followed_leaves_it_running(
     assert done.code == 130
     job = client.jobs[0].submission_id
     assert done.err.splitlines()[-1] == (
-        f"the job {job} goes on; the same command joins it again. "
-        f"To stop it: ray job stop --address http://head:8265 {job}"
+        f"the job {job} goes on; the same command joins it again. To stop it: {stop} --address http://head:8265 {job}"
+    )
+
+
+def test_joining_with_other_words_says_that_they_are_not_heard(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = FakeClient(logs=STARTED)
+    reached(monkeypatch, client)
+    monkeypatch.chdir(tmp_path)
+    small.write_task(tmp_path)
+    (tmp_path / "study.toml").write_text(STUDY)
+    words = ("submit", "study.toml", "--address", "http://head:8265", "--store", "/shared/a")
+    assert "other" not in shell(*words).err
+    assert "other" not in shell(*words).err
+    (tmp_path / "study.toml").write_text(STUDY + "# anew\n")
+    assert (
+        "it was started with other files and options than these; for these: ray job stop"
+        in shell(*words, "--workers", "2").err
     )
 
 
@@ -452,19 +540,33 @@ def test_a_token_is_shown_to_no_server_that_does_not_ask(server: Any, monkeypatc
 # --- The real thing ---
 
 
-def orchardist(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def started(cwd: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """How the command is started in a process of its own, without what this one has of tokens."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_AUTH", "ORCHARDIST_"))}
-    code = "from orchestrator.cli import main; main()"
     root = str(Path(__file__).resolve().parents[3])
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=cwd,
-        env=bare | {"PYTHONPATH": root, "HOME": str(cwd)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
+    return {
+        "args": [sys.executable, "-c", "from orchestrator.cli import main; main()", *arguments],
+        "cwd": cwd,
+        "env": {**bare, "PYTHONPATH": root, "HOME": str(cwd), **environment},
+        "text": True,
+    }
+
+
+def orchardist(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(**started(cwd, arguments, environment), capture_output=True, check=False, timeout=180)
+
+
+@contextmanager
+def background(*arguments: str, cwd: Path, **environment: str) -> Iterator[tuple[subprocess.Popen[str], Path, Path]]:
+    """The command beside this process, and the files with what it says on stdout and on stderr."""
+    out, err = cwd.parent / "out", cwd.parent / "err"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        process = subprocess.Popen(**started(cwd, arguments, environment), stdout=stdout, stderr=stderr)
+        try:
+            yield process, out, err
+        finally:
+            process.kill()
+            process.wait()
 
 
 def kill_driver(store: Path) -> None:
@@ -486,7 +588,9 @@ def test_a_study_is_submitted_with_a_token_and_refused_without(tmp_path: Path) -
     (place / ".env").write_text("AWS_SECRET_ACCESS_KEY=hunter2hunter2")
     store = tmp_path / "store"
     with head(tmp_path) as (dashboard, gcs):
-        words = ("submit", "study.toml", "--address", dashboard, "--store", str(store), "--workers", "1")
+        log = tmp_path / "study.jsonl"
+        options = ("--workers", "1", "--log", str(log))
+        words = ("submit", "study.toml", "--address", dashboard, "--store", str(store), *options)
         for token, says in (({}, "wants a token"), ({"RAY_AUTH_TOKEN": "f" * 32}, "does not accept this token")):
             refused = orchardist(*words, "--follow", cwd=place, **token)
             assert refused.returncode == 2
@@ -498,12 +602,17 @@ def test_a_study_is_submitted_with_a_token_and_refused_without(tmp_path: Path) -
         (job,) = re.findall(r"submitted as the job (small-[0-9a-f]{8}-1)$", first.stderr, re.MULTILINE)
         until(lambda: any((store / "states").rglob("*.safetensors")), 180, "the study is under way")
         kill_driver(store)
-        (place / "fast").touch()
-        followed = orchardist(*words, "--follow", cwd=place, RAY_AUTH_TOKEN=TOKEN)
+        with background(*words, "--follow", cwd=place, RAY_AUTH_TOKEN=TOKEN) as (process, out, err):
+            until(lambda: "runs already" in err.read_text(), 180, "the live job is joined")
+            (place / "fast").touch()  # not before: the study may take no longer than a command takes to start
+            process.wait(180)
+        followed = subprocess.CompletedProcess((), process.returncode, out.read_text(), err.read_text())
         assert followed.returncode == 0, followed.stdout + followed.stderr
         assert f"small runs already, as the job {job}; this command joins it" in followed.stderr
         assert STARTED in followed.stdout and "was killed by signal 9; start 2 of 10 in 2 s" in followed.stdout
         assert "The knee of the front" in followed.stdout
+        events = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+        assert events.count("started") == 2 and events.count("done") == 10 and events[-1] == "ended"
         assert not any(word in followed.stdout + followed.stderr for word in ("hunter2", TOKEN))
 
         again = orchardist(*words, cwd=place, RAY_AUTH_TOKEN=TOKEN)
@@ -517,6 +626,14 @@ def test_a_study_is_submitted_with_a_token_and_refused_without(tmp_path: Path) -
         refused = orchardist(*nowhere, cwd=place, RAY_AUTH_TOKEN=TOKEN)
         assert refused.returncode == 2
         assert refused.stderr.splitlines()[-1].startswith("on the cluster: cannot open the store")
+
+        within = {"RAY_AUTH_TOKEN": "f" * 32, "RAY_AUTH_MODE": "token"}
+        refused = orchardist("run", "study.toml", "--address", gcs, "--store", str(place / "mine"), cwd=place, **within)
+        assert refused.returncode == 2
+        assert refused.stderr.splitlines()[-1].startswith(
+            f"the Ray cluster at '{gcs}' does not let us in: set RAY_AUTH"
+        )
+        assert refused.stderr.count("InvalidAuthToken") <= 1, "Ray tries a token that is wrong again and again"
 
         examined = orchardist(
             *("doctor", "--address", gcs, "--store", str(store), "--format", "json"),

@@ -77,7 +77,7 @@ def test_training_elsewhere_has_the_other_task_s_steps() -> None:
     plan, found = moved()
     (trained,) = (node for node in plan.nodes if node.key == found.key)
     assert isinstance(trained.op, Train) and trained.op.to == 50 and trained.task == "other"
-    assert plan.elsewhere == ((50, 5),)
+    assert plan.steps_by_task["other"] == 50 and plan.steps_per_epoch["other"] == 5
     assert plan.epochs == pytest.approx(30 + 10)
     assert all(key != found.key for _, key in plan.points)
 

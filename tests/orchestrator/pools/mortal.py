@@ -51,6 +51,8 @@ def task(folder: str = "") -> Task:
             raise KeyboardInterrupt
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if what == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
         if what == "hang":
             time.sleep(600)
 

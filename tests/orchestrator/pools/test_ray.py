@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from orchestrator.errors import InputError
-from orchestrator.graph import Segment
 from orchestrator.pools.local import LocalPool
 from orchestrator.pools.protocol import Ended, Failed, Pool, Reported
 from orchestrator.study import Study
@@ -75,6 +74,22 @@ def test_after_sigkill_in_the_middle_of_an_epoch_another_worker_goes_on_to_the_s
     )
 
 
+def test_after_sigterm_a_worker_stores_where_it_is_and_no_trial_has_failed(pool: RayPool, tmp_path: Path) -> None:
+    reference = study_of(tmp_path, tmp_path / "reference")
+    reference.run(LocalPool())
+    needed = mortal.batches(tmp_path)
+    (tmp_path / "trouble").write_text(f"terminate {needed + mortal.DENSE_BATCHES + 7}")
+    study = study_of(tmp_path, tmp_path / "store")
+    standing = study.run(pool)
+    assert (standing.done, standing.failed) == (2, 0), standing.last_failure
+    assert not (tmp_path / "trouble").exists(), "nobody was told to end"
+    assert mortal.batches(tmp_path) == 2 * needed, "not one batch is trained on twice"
+    assert study.status()["retries"] == {"preempted": 1, "worker died": 0, "out of GPU memory": 0}
+    one, other = (small.models(each.store, "mortal") for each in (study, reference))
+    assert one.keys() == other.keys()
+    assert all(small.same_bits(one[key], other[key]) for key in one)
+
+
 def test_a_worker_that_hangs_is_ended_and_the_study_goes_on(
     pool: RayPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,35 +105,43 @@ def test_a_worker_that_hangs_is_ended_and_the_study_goes_on(
     )
 
 
-def slots(*shares: tuple[float, str, bool]) -> list[Any]:
-    """Workers as (share of a GPU, which GPU, whether it is idle)."""
-    from orchestrator.pools.ray import _Slot
+IMPATIENT_TASK = """
+import dataclasses
+import signal
+import time
 
-    found = []
-    for number, (share, gpu, idle) in enumerate(shares):
-        slot = _Slot(number, None, share, None, node="n", gpu=gpu)
-        slot.running.extend([] if idle else [Segment(number=1, steps=())])
-        found.append(slot)
-    return found
+from my_task import task as patient
 
 
-@pytest.mark.parametrize(
-    ("shares", "wanted", "gone"),
-    [
-        ([(0.25, "0", True), (0.25, "0", True), (0.25, "0", True), (0.25, "0", False)], 0.5, [0, 1]),
-        ([(0.5, "0", True), (0.5, "1", True), (0.5, "0", False), (0.5, "1", True)], 1.0, [1, 3]),
-        ([(0.5, "0", True), (0.5, "1", True), (0.5, "0", False), (0.5, "1", False)], 1.0, []),
-        ([(0.3, "0", True), (0.3, "0", True), (0.3, "0", True)], 1.0, [0, 1, 2]),
-        ([(0.25, "0", False)], 0.5, []),
-        ([(0.25, "0", True)], 0.5, [0]),
-    ],
-)
-def test_idle_workers_of_one_gpu_give_way_to_a_larger_one(
-    shares: list[tuple[float, str, bool]], wanted: float, gone: list[int]
-) -> None:
-    from orchestrator.pools.ray import give_way
+class TooSlow(Exception):
+    pass
 
-    assert [slot.number for slot in give_way(slots(*shares), wanted)] == gone
+
+def task():
+    found = patient()
+
+    def ring(number, frame):
+        raise TooSlow
+
+    def loss(outputs, targets):
+        signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        try:
+            while True:
+                time.sleep(1)
+        except TooSlow:
+            return found.loss(outputs, targets)
+
+    return dataclasses.replace(found, loss=loss)
+"""
+
+
+def test_the_users_code_may_set_itself_an_alarm(pool: RayPool, tmp_path: Path) -> None:
+    small.write_task(tmp_path)
+    (tmp_path / "impatient.py").write_text(IMPATIENT_TASK)
+    study = Study(small.spec(trials=1, task="impatient.py"), tmp_path / "store", root=tmp_path)
+    standing = study.run(pool)
+    assert (standing.done, standing.failed, standing.retries) == (1, 0, 0), standing.last_failure
 
 
 def test_close_leaves_a_ray_that_was_there_before(ray_cluster: None) -> None:
@@ -140,6 +163,7 @@ def test_no_cluster_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
     with pytest.raises(InputError, match="no Ray cluster at 'auto'") as caught:
         RayPool(1, address="auto")
     assert "\n" not in str(caught.value)

@@ -99,26 +99,3 @@ def test_a_node_fits_a_selector(wanted: str, label: str | None, answer: bool) ->
 )
 def test_the_room_on_a_node(found: Share, there: dict[str, float], room: int) -> None:
     assert found.room(there, {"kind": "on-demand"}) == room
-
-
-def test_a_share_of_a_gpu_is_enforced_in_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from orchestrator.pools.ray import _Actor
-
-    shares: list[float] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    assert [_Actor(0, gpus).device for gpus in (0.25, 1, 2, 0)] == ["cuda", "cuda", "cuda", "cpu"]
-    assert shares == [0.25, 1.0, 1.0]
-
-
-def test_a_gpu_that_torch_does_not_see_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from orchestrator.pools import ray as pools
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(pools, "_place", lambda: ("ab", ""))
-    what, said, place = pools._Actor(0, 0.5).prepare(object())  # type: ignore[arg-type]
-    assert (what, place) == ("WorkersUnusable", ("ab", "")) and "torch sees none" in said

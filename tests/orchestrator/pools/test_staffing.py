@@ -14,6 +14,7 @@ from orchestrator.errors import InputError, WorkersUnusable
 from orchestrator.graph import Segment, Step
 from orchestrator.ops import Init
 from orchestrator.pools import ray as pools
+from orchestrator.pools import staff
 from orchestrator.pools.protocol import Ended, Failed, Job, Reported
 from orchestrator.pools.share import Share
 from orchestrator.tasks.source import Source
@@ -35,6 +36,8 @@ class Ref:
     actor: Any
     value: Any = None
     raises: Exception | None = None
+    far: bool = False
+    """It lies on the actor's node: whoever wants it waits for as long as that does not answer."""
 
 
 @dataclass(eq=False)
@@ -68,10 +71,10 @@ class Method:
 
 
 class Actor:
-    def __init__(self, ray: FakeRay, options: dict[str, Any]) -> None:
-        self.ray, self.taken, self.node, self.alive, self.notices = ray, options, "", True, 0
+    def __init__(self, ray: FakeRay, options: dict[str, Any], told: tuple[Any, ...] = ()) -> None:
+        self.ray, self.taken, self.node, self.alive, self.told = ray, options, "", True, told
         self.answer, self.stream = Ref(self), Stream(self)
-        self.prepare, self.run, self.leave = Method(self._prepare), Method(self._run), Method(self._leave)
+        self.prepare, self.run = Method(self._prepare), Method(self._run)
 
     def _prepare(self, job: Any) -> Ref:
         self.answer.value = ("ready", SimpleNamespace(digests={}), (self.node, ""))
@@ -80,9 +83,6 @@ class Actor:
     def _run(self, batch: Sequence[Segment]) -> Stream:
         self.stream = Stream(self, batch=tuple(batch))
         return self.stream
-
-    def _leave(self) -> None:
-        self.notices += 1
 
 
 @dataclass
@@ -131,6 +131,7 @@ class FakeRay:
         return value
 
     def get(self, ref: Ref) -> Any:
+        assert not ref.far, "nobody knows how long this takes"
         if ref.raises is not None:
             raise ref.raises
         return ref.value
@@ -139,15 +140,15 @@ class FakeRay:
         actor.alive = False
 
     def remote(self, **options: Any) -> Any:
-        def make(*_: Any) -> Actor:
-            self.actors.append(Actor(self, options))
+        def make(*told: Any) -> Actor:
+            self.actors.append(Actor(self, options, told))
             return self.actors[-1]
 
         return lambda cls: SimpleNamespace(remote=make)
 
-    def wait(self, refs: Sequence[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+    def wait(self, refs: Sequence[Any], *, fetch_local: bool = True, **_: Any) -> tuple[list[Any], list[Any]]:
         self.place()
-        ready = [ref for ref in refs if self._has_news(ref)]
+        ready = [ref for ref in refs if self._has_news(ref) and not (fetch_local and getattr(ref, "far", False))]
         return ready, []
 
     def place(self) -> None:
@@ -192,6 +193,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(pools, "time", clock)
+    monkeypatch.setattr(staff, "time", clock)
     return clock
 
 
@@ -223,7 +225,7 @@ def prepared(ray: FakeRay, workers: int | None = None, share: Share | None = Non
     return pool
 
 
-def look(pool: pools.RayPool, clock: Clock, seconds: float = pools.LOOK_SECONDS) -> Sequence[Any]:
+def look(pool: pools.RayPool, clock: Clock, seconds: float = staff.LOOK_SECONDS) -> Sequence[Any]:
     """A while passes."""
     clock.now += seconds
     pool.completed(0)
@@ -297,7 +299,7 @@ def test_without_a_number_the_cluster_is_filled_and_a_little_more_is_asked_for(r
     for number in range(100):
         pool.submit(segment(number))
     look(pool, clock)
-    assert ray.pending() == pools.COMING_AT_ONCE
+    assert ray.pending() == staff.COMING_AT_ONCE
     ray.cores["second"] = 20
     look(pool, clock)
     look(pool, clock)
@@ -307,7 +309,7 @@ def test_without_a_number_the_cluster_is_filled_and_a_little_more_is_asked_for(r
 
 def test_cheap_segments_ask_for_few_workers(ray: FakeRay, clock: Clock) -> None:
     pool = prepared(ray, workers=50)
-    for number in range(3 * pools.CHEAP_AT_ONCE):
+    for number in range(3 * staff.CHEAP_AT_ONCE):
         pool.submit(segment(number, steps=0))
     look(pool, clock)
     assert len(ray.living()) == 3
@@ -332,7 +334,7 @@ def test_idle_workers_are_let_go_after_a_minute_and_come_back_with_work(ray: Fak
     ray.cores["first"] = 3
     pool = prepared(ray)
     assert len(ray.living()) == 3
-    look(pool, clock, pools.IDLE_SECONDS - 5)
+    look(pool, clock, staff.IDLE_SECONDS - 5)
     assert len(ray.living()) == 3
     look(pool, clock, 10)
     assert not ray.living()
@@ -342,9 +344,7 @@ def test_idle_workers_are_let_go_after_a_minute_and_come_back_with_work(ray: Fak
     assert len(ray.living()) == 1
 
 
-def test_a_draining_node_gets_no_new_stages_and_its_worker_a_notice(
-    ray: FakeRay, clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_draining_node_gets_no_new_stages(ray: FakeRay, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     ray.cores |= {"first": 1, "second": 1}
     pool = prepared(ray, workers=2)
     first, second = ray.living()
@@ -353,7 +353,7 @@ def test_a_draining_node_gets_no_new_stages_and_its_worker_a_notice(
     busy, idle = (first, second) if first.stream.batch else (second, first)
     ray.draining[busy.node] = ray.draining[idle.node] = 0
     look(pool, clock)
-    assert (busy.notices, busy.alive, idle.alive) == (1, True, False)
+    assert (busy.alive, idle.alive) == (True, False)
     assert sum("is being drained: it gets no new stages" in line for line in caplog.messages) == 2
     busy.stream.ends = True
     pool.submit(segment(2))
@@ -378,7 +378,7 @@ def test_the_kind_of_a_loss_is_told(ray: FakeRay, clock: Clock) -> None:
         pool.completed(0)
         if drained:
             ray.draining["first"] = 0
-            clock.now += pools.LOOK_SECONDS
+            clock.now += staff.LOOK_SECONDS
             pool.completed(0)
         ray.lose("first", error)
         failed, ended = pool.completed(0)
@@ -404,7 +404,7 @@ def test_workers_that_die_before_they_are_ready_end_the_run(
     monkeypatch.setattr(Actor, "born", Actor._prepare, raising=False)
     monkeypatch.setattr(Actor, "_prepare", stillborn)
     with pytest.raises(WorkersUnusable, match=r"^a worker died before it was ready: The actor is dead\.$"):
-        for _ in range(pools.MOST_STILLBORN + 1):
+        for _ in range(staff.MOST_STILLBORN + 1):
             look(pool, clock)
 
 
@@ -417,7 +417,7 @@ def test_workers_that_were_to_start_on_a_node_that_dies_end_nothing(ray: FakeRay
     for actor in ray.living()[1:]:
         actor.node = "second"
     ray.cores["second"] = 8
-    pool._look()
+    pool._staff.look()
     ray.lose("second", Died("The actor died because its node has died."))
     for actor in ray.actors[1:]:
         actor.answer.raises = Died("The actor died because its node has died.")
@@ -531,3 +531,125 @@ def test_what_an_interrupted_study_left_is_forgotten(ray: FakeRay, clock: Clock)
     pool.prepare(job())
     assert not any(actor.stream.batch for actor in ray.living()) and pool.free
     assert pool.completed(0) == []
+
+
+def test_an_answer_that_lies_on_a_node_that_falls_silent_is_not_waited_for(ray: FakeRay, clock: Clock) -> None:
+    ray.cores |= {"first": 1, "second": 1}
+    pool = prepared(ray, workers=2)
+    pool.submit(segment(1))
+    pool.completed(0)
+    pool._staff._hire(0.0)
+    ray.cores["third"] = 1
+    coming = ray.living()[-1]
+    coming.answer.far = True
+    look(pool, clock)
+    assert coming.node == "third" and pool._staff.slots[-1].coming is not None
+    (busy,) = [actor for actor in ray.living() if actor.stream.batch]
+    busy.stream.ends = True
+    assert pool.completed(0) == [Ended(segment=1)], "the others are heard all the while"
+    coming.answer.far = False
+    pool.completed(0)
+    assert pool._staff.slots[-1].coming is None
+
+
+def test_a_worker_that_comes_to_a_draining_node_gets_no_stage(ray: FakeRay, clock: Clock) -> None:
+    ray.cores["first"] = 1
+    pool = prepared(ray, workers=2)
+    for number in range(2):
+        pool.submit(segment(number))
+    look(pool, clock)
+    ray.cores["second"] = 1
+    late = ray.living()[-1]
+    late.node = "second"
+    late._prepare(None)
+    ray.draining["second"] = 0
+    clock.now += staff.LOOK_SECONDS
+    pool.completed(0)
+    assert not late.stream.batch
+    pool.completed(0)
+    assert not late.alive
+
+
+def test_a_worker_that_knows_first_that_its_node_is_to_go_gets_no_new_stage(ray: FakeRay, clock: Clock) -> None:
+    ray.cores["first"] = 1
+    pool = prepared(ray, workers=1)
+    pool.submit(segment(1))
+    pool.completed(0)
+    (worker,) = ray.living()
+    left = Failed(segment=1, key=f"{1:064x}", kind="preempted", message="its worker was asked to leave")
+    worker.stream.says = [[left]]
+    worker.stream.ends = True
+    pool.submit(segment(2))
+    assert [event for _ in range(3) for event in pool.completed(0)] == [left, Ended(segment=1)]
+    assert not worker.stream.batch, "it would only say the same again, and again"
+    pool.completed(0)
+    assert not worker.alive and ray.living()[-1].stream.batch[0].number == 2
+
+
+def test_workers_that_are_taken_away_before_they_are_ready_end_nothing(
+    ray: FakeRay, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = prepared(ray, workers=9)
+    ray.cores["second"] = 9
+    for number in range(9):
+        pool.submit(segment(number))
+
+    def taken_away(self: Actor, job: Any) -> Ref:
+        self.answer.raises = Preempted("The actor died because its node was preempted.")
+        return self.answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Actor, "_prepare", taken_away)
+        for _ in range(staff.MOST_STILLBORN + 3):
+            look(pool, clock)
+    look(pool, clock)
+    look(pool, clock)
+    assert len([actor for actor in ray.living() if actor.stream.batch]) == 9
+
+
+def test_a_pool_that_gave_up_on_its_workers_can_be_used_for_another_study(
+    ray: FakeRay, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray.cores["first"] = 3
+    pool = pools.RayPool(3, address="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(Actor, "born", Actor._prepare, raising=False)
+        patch.setattr(Actor, "_prepare", stillborn)
+        for _ in range(2):
+            with pytest.raises(WorkersUnusable, match="a worker died before it was ready"):
+                pool.prepare(job())
+    pool.prepare(job())
+    assert len(ray.living()) == 3
+
+
+def test_what_others_leave_no_room_for_is_asked_for_no_longer_than_there_is_work(ray: FakeRay, clock: Clock) -> None:
+    ray.cores["first"] = 4
+
+    def crowded() -> None:
+        """Somebody else has three of the four cores."""
+        ray.cores["first"] = 1
+        FakeRay.place(ray)
+        ray.cores["first"] = 4
+
+    ray.place = crowded  # type: ignore[method-assign]
+    pool = pools.RayPool(address="auto")
+    pool.prepare(job())
+    assert ray.pending() == 3
+    look(pool, clock, staff.IDLE_SECONDS - 10)
+    pool.submit(segment(1))
+    look(pool, clock, 20)
+    assert ray.pending() == 0, "nothing is queued: an autoscaler is not to bring a node for it"
+    assert sum(bool(actor.stream.batch) for actor in ray.living()) == 1
+
+
+def test_a_worker_is_told_how_much_memory_is_asked_for_and_how_many_share_it(ray: FakeRay) -> None:
+    ray.cores["first"] = 2
+    pool = pools.RayPool(2, address="auto", cache=12345)
+    pool.prepare(job())
+    assert [actor.told for actor in ray.living()] == [(0, 0.0, 2, 12345), (1, 0.0, 2, 12345)]
+
+
+def test_a_call_of_a_worker_runs_alone(ray: FakeRay) -> None:
+    ray.cores["first"] = 1
+    prepared(ray)
+    assert not {"max_concurrency", "concurrency_groups"} & ray.actors[0].taken.keys(), "off the main thread otherwise"

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 
+from orchestrator.store import lease
 from tests import servers
 from tests.servers import BUCKET, Server
 
@@ -41,6 +42,13 @@ def seaweed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> str:
     """The same on SeaweedFS alone."""
     reach(serve("seaweed"), monkeypatch)
     return f"s3://{BUCKET}/{uuid4().hex}"
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver elsewhere is known to be dead after half a second instead of fifteen."""
+    times = {"BEAT_SECONDS": 0.1, "DEAD_SECONDS": 0.5, "_POLL_SECONDS": 0.02, "_BEAT_CHECK_SECONDS": 0.02}
+    for name, value in times.items():
+        monkeypatch.setattr(lease, name, value)
 
 
 def reach(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

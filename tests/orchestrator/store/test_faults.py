@@ -16,7 +16,7 @@ from orchestrator.errors import StoreError
 from orchestrator.pools.local import LocalPool
 from orchestrator.pools.protocol import Event
 from orchestrator.store import Files, Ledger, States, paths
-from orchestrator.store.ledger import read as read_ledger
+from orchestrator.store.tables import read as read_ledger
 from tests.contracts.store import CHECKS, safetensors
 from tests.faulty import FAULTS, PASSING, Faulty, Killed, random_faults
 from tests.orchestrator.pools import small
@@ -200,13 +200,13 @@ def test_a_full_disk_ends_the_run_clearly_and_it_goes_on_from_there(root: Path, 
 
 
 def test_the_canary_sees_a_store_that_takes_a_failed_write_for_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.store.files import _Objects
+    from orchestrator.store.objects import Objects
 
-    def create(self: _Objects, path: str, data: bytes) -> bool:
+    def create(self: Objects, path: str, data: bytes) -> bool:
         with suppress(OSError):
             return right(self, path, data)
         return True
 
-    right = _Objects.create
-    monkeypatch.setattr(_Objects, "create", create)
+    right = Objects.create
+    monkeypatch.setattr(Objects, "create", create)
     assert any(check_a_faulty_ledger(seed, FAULTS, count=10) for seed in range(20))

@@ -44,7 +44,7 @@ def test_contract_of_object_stores(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code path of every other fsspec URL, on fsspec's memory; its create alone is not atomic there."""
     from orchestrator.store import files as module
 
-    monkeypatch.setattr(module, "_Memory", module._Objects)
+    monkeypatch.setattr(module, "Memory", module.Objects)
     for check in CHECKS:
         if "one_of_many" not in check.__name__:
             check(f"memory://{uuid4().hex}")
@@ -55,7 +55,7 @@ def test_the_kit_catches_a_create_that_looks_first_and_writes_then(monkeypatch: 
 
     from orchestrator.store import files as module
 
-    class Racy(module._Memory):
+    class Racy(module.Memory):
         def create(self, path: str, data: module.Data) -> bool:
             if self.fs.isfile(self._full(path)):
                 return False
@@ -63,7 +63,7 @@ def test_the_kit_catches_a_create_that_looks_first_and_writes_then(monkeypatch: 
             MemoryFileSystem.pipe_file(self.fs, self._full(path), bytes(data))
             return True
 
-    monkeypatch.setattr(module, "_Memory", Racy)
+    monkeypatch.setattr(module, "Memory", Racy)
     check = next(check for check in CHECKS if "one_of_many" in check.__name__)
     with pytest.raises(AssertionError):
         for _ in range(200):
@@ -93,7 +93,7 @@ def test_a_lost_create_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [FileExistsError("lost"), OSError(errno.EINVAL, "lost, as SeaweedFS says it")])
 def test_a_create_with_an_unclear_answer_reads_back(error: OSError) -> None:
-    from orchestrator.store.files import _Objects
+    from orchestrator.store.objects import Objects
 
     class Unclear:
         """A store's driver that reports a conflict; `stored` is what lies there then."""
@@ -111,7 +111,7 @@ def test_a_create_with_an_unclear_answer_reads_back(error: OSError) -> None:
                 raise FileNotFoundError(path)
             return self.stored
 
-    objects = _Objects("memory://unclear")
+    objects = Objects("memory://unclear")
     objects.fs = driver = Unclear()
     with pytest.raises(OSError, match="lost"):
         objects.create("file", b"mine")

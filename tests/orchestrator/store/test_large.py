@@ -13,7 +13,8 @@ import pytest
 from orchestrator import Study
 from orchestrator.pools.local import LocalPool
 from orchestrator.pools.protocol import Event
-from orchestrator.store import Ledger, ledger
+from orchestrator.store import Ledger
+from orchestrator.store.rows import SCHEMAS
 from tests.orchestrator.pools import small
 from tests.orchestrator.store.conftest import Serve, reach
 from tests.orchestrator.store.test_s3 import large
@@ -113,7 +114,7 @@ def test_every_program_reads_every_column(tmp_path: Path) -> None:
     study = Study(small.spec(trials=2), tmp_path / "store", root=root)
     study.run(LocalPool())
     path = str(tmp_path / "store" / "studies" / "small" / "outcomes.parquet")
-    names = ledger.SCHEMAS["outcomes"].names
+    names = SCHEMAS["outcomes"].names
     columns: dict[str, Any] = {
         "duckdb": [each[0] for each in duckdb.execute(f"describe select * from '{path}'").fetchall()],
         "pandas": list(pandas.read_parquet(path).columns),

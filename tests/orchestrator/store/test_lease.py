@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator.errors import StoreError
 from orchestrator.store import Files, Lease, acquire
-from orchestrator.store.lease import process_alive
+from orchestrator.store.lease import Pulse, decided, process_alive, this_process
 
 LEASES = "studies/s/lease"
 
@@ -132,9 +132,9 @@ def test_while_the_store_is_away_no_holder_counts_as_dead(tmp_path: Path) -> Non
     mine = Time()
 
     class Away(Files):
-        def exists(self, path: str) -> bool:
+        def list(self, folder: str) -> list[str]:
             mine.now += 60.0
-            return super().exists(path)
+            return super().list(folder)
 
     take(Files(tmp_path), host="there")
     files = Away(tmp_path)
@@ -164,6 +164,141 @@ def test_a_foreign_lease_file_is_watched(files: Files, content: bytes, caplog: p
     with caplog.at_level(logging.WARNING, "orchardist.store"):
         assert take(files).epoch == 5
     assert "000004.json" in caplog.text
+
+
+# --- Who looks without wanting the study --------------------------------------------------------------------------
+
+
+def elsewhere(files: Files) -> tuple[Lease, Time]:
+    """A holder on another machine, which beats whenever it is asked to, and its clock."""
+    theirs = Time()
+    return Lease(files, "s", take(files, host="there", pid=9).epoch, theirs), theirs
+
+
+def beat(lease: Lease, theirs: Time) -> None:
+    theirs.now += 5.0
+    lease.beat()
+
+
+def test_nobody_is_known_at_once(files: Files) -> None:
+    assert (Pulse(files, "s").look().alive, Pulse(files, "s").look().as_json()) == (False, None)
+    lease, _ = elsewhere(files)
+    lease.release()
+    sign = Pulse(files, "s").look()
+    assert (sign.alive, sign.epoch, sign.as_json()) == (False, 1, None)
+
+
+def test_a_holder_elsewhere_is_not_known_until_its_counter_moves(files: Files) -> None:
+    lease, theirs = elsewhere(files)
+    lease.beat()
+    mine = Time()
+    pulse = Pulse(files, "s", clock=mine)
+    for _ in range(3):
+        assert pulse.look().alive is None, "one number says nothing: it may have been written last year"
+    mine.now += 2.0
+    beat(lease, theirs)
+    sign = pulse.look()
+    assert (sign.alive, sign.silent_seconds) == (True, 0.0) and sign.driver.startswith("process 9 on there since")
+
+
+def test_one_that_falls_silent_is_alive_for_15_seconds_more_and_dead_then(files: Files) -> None:
+    lease, theirs = elsewhere(files)
+    mine = Time()
+    pulse = Pulse(files, "s", clock=mine)
+    pulse.look()
+    beat(lease, theirs)
+    pulse.look()
+    seen = []
+    for _ in range(20):
+        mine.now += 2.0
+        sign = pulse.look()
+        seen.append((sign.silent_seconds, sign.alive))
+    assert seen == [(2.0 * turn, 2.0 * turn < 15) for turn in range(1, 21)]
+    beat(lease, theirs)
+    assert pulse.look().alive is True, "it only stood still"
+
+
+def test_a_newer_holder_is_a_sign_of_life(files: Files) -> None:
+    elsewhere(files)
+    mine = Time()
+    pulse = Pulse(files, "s", clock=mine)
+    pulse.look()
+    mine.now += 40.0
+    Files(files.url).create(f"{LEASES}/000002.json", b'{"host": "third", "boot_id": "b", "pid": 3}')
+    sign = pulse.look()
+    assert (sign.alive, sign.epoch, sign.driver[:18]) == (True, 2, "process 3 on third")
+
+
+def test_a_reader_that_slept_has_seen_nothing(files: Files) -> None:
+    """A laptop that was shut for an hour between two looks: the driver may have had no network either."""
+    elsewhere(files)
+    mine = Time()
+    pulse = Pulse(files, "s", clock=mine)
+    pulse.look()
+    mine.now += 3600.0
+    sign = pulse.look()
+    assert sign.alive is None and sign.silent_seconds == 3600.0
+    assert decided(pulse, mine.sleep).alive is False
+    assert mine.now == 3600.0 + 10.0, "five of the fifteen seconds were seen"
+
+
+def test_while_the_store_is_away_nobody_is_taken_for_dead(tmp_path: Path) -> None:
+    mine = Time()
+
+    class Slow(Files):
+        def read(self, path: str) -> bytes:
+            mine.now += 60.0
+            return super().read(path)
+
+    lease, theirs = elsewhere(Files(tmp_path))
+    beat(lease, theirs)
+    pulse = Pulse(Slow(tmp_path), "s", clock=mine)
+    assert [pulse.look().alive for _ in range(5)] == [None] * 5 and mine.now >= 300
+
+
+def test_looking_decides_in_15_seconds_and_writes_nothing(files: Files) -> None:
+    elsewhere(files)
+    before = files.list(LEASES)
+    mine = Time()
+    sign = decided(Pulse(files, "s", clock=mine), mine.sleep)
+    assert (sign.alive, mine.now, sign.silent_seconds) == (False, 15.0, 15.0)
+    assert files.list(LEASES) == before
+
+
+def test_a_number_that_was_given_to_another_process_is_no_holder(files: Files) -> None:
+    """A machine that runs for months gives out a process id twice."""
+    here = this_process()
+    acquire(files, "s", **here)
+    assert Pulse(files, "s").look().alive is True
+    path = f"{LEASES}/000001.json"
+    holder = json.loads(files.read(path))
+    assert holder["born"] > 0
+    files.write(path, json.dumps(holder | {"born": holder["born"] - 1}).encode())
+    assert Pulse(files, "s").look().alive is False
+    files.write(path, json.dumps({name: value for name, value in holder.items() if name != "born"}).encode())
+    assert Pulse(files, "s").look().alive is True, "one of a version that did not note it"
+
+
+def test_two_containers_of_one_host_name_do_not_take_each_other_for_themselves(files: Files) -> None:
+    """Each has a process 1; the boot is the machine's."""
+    boot, space = str(this_process()["boot"]).split(" ", 1)
+    assert space.startswith("pid:[")
+    holder = Lease(files, "s", take(files, pid=1, boot=f"{boot} pid:[1]").epoch, Time())
+    mine = Time(lambda: (setattr(holder, "_beaten_at", -9.0), holder.beat()))
+    with pytest.raises(StoreError, match="process 1 on here"):
+        acquire(files, "s", host="here", pid=1, boot=f"{boot} pid:[2]", clock=mine, sleep=mine.sleep)
+
+
+@pytest.mark.parametrize("pid", [0, -1, 2**70, "x", None])
+def test_a_number_that_no_process_has_is_watched(files: Files, pid: object) -> None:
+    here = this_process()
+    text = json.dumps({"host": here["host"], "boot_id": here["boot"], "pid": pid})
+    files.write(f"{LEASES}/000001.json", text.encode())
+    mine = Time()
+    assert decided(Pulse(files, "s", clock=mine), mine.sleep).alive is False and mine.now == 15.0
+
+
+# --- The holder's side ---------------------------------------------------------------------------------------------
 
 
 def test_beats_are_rare(files: Files) -> None:

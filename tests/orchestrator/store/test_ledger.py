@@ -16,12 +16,17 @@ from hypothesis import strategies as st
 
 from orchestrator.errors import StoreError
 from orchestrator.outcome import SCHEMA_VERSION
-from orchestrator.store import Files, Ledger
-from orchestrator.store.ledger import COLUMNS, schema
-from orchestrator.store.ledger import read as read_ledger
+from orchestrator.store import Files, Ledger, tables
+from orchestrator.store.rows import COLUMNS, schema
+from orchestrator.store.tables import read as read_ledger
+from tests.faulty import Faulty
+from tests.orchestrator.store.test_lease import Time
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "ledger_schema.txt"
+BEFORE = Path(__file__).parents[2] / "golden" / "store_of_before"
+"""Written when `outcomes.parquet` was the only file of merged outcomes: trials 1 to 3 are merged, 4 is not."""
 LEDGER = "studies/s/ledger"
+OUTCOMES = "studies/s/outcomes.parquet"
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -85,7 +90,11 @@ def test_rows_come_back_in_order_before_and_after_compaction(files: Files) -> No
     for kind in COLUMNS:
         assert trials(files, kind) == [3, 1, 2]
     ledger.compact()
-    assert files.list(LEDGER) == ["000001-00000004-proposals.all.parquet", "000001-00000006-events.all.parquet"]
+    assert files.list(LEDGER) == [
+        "000001-00000004-proposals.all.parquet",
+        "000001-00000006-events.all.parquet",
+        "000001-00000007-outcomes.all.parquet",
+    ]
     assert trials(files, "proposals") == trials(files, "events") == [3, 1, 2]
     assert trials(files) == [1, 2, 3], "outcomes are sorted"
     write(ledger, 0)
@@ -168,17 +177,20 @@ def test_one_row_for_each_key(files: Files) -> None:
     assert trials(files) == [1, 3, 5]
 
 
-def test_the_compacted_file_is_trusted_as_it_is(files: Files) -> None:
-    """Duplicates that were planted in `outcomes.parquet` come back: readers do not pay for what compaction did."""
+def test_the_merged_file_is_trusted_as_it_is(files: Files) -> None:
+    """Duplicates that were planted in it come back: readers do not pay for what compaction did."""
     ledger = Ledger(files, "s", 1)
     write(ledger, 1, 2)
     ledger.compact()
-    table = pq.read_table(pa.BufferReader(files.read("studies/s/outcomes.parquet")))
+    (merged,) = parts(files, "outcomes")
+    table = pq.read_table(pa.BufferReader(files.read(f"{LEDGER}/{merged}")))
     assert table.schema.metadata[b"covers"] == b"000001-00000002"
+    assert table.schema.metadata[b"merged"] == b"000001-00000004"
     assert table.schema.metadata[b"schema_version"] == str(SCHEMA_VERSION).encode()
+    assert files.read(OUTCOMES) == files.read(f"{LEDGER}/{merged}")
     sink = pa.BufferOutputStream()
     pq.write_table(pa.concat_tables([table, table]), sink)
-    files.write("studies/s/outcomes.parquet", sink.getvalue().to_pybytes())
+    files.write(f"{LEDGER}/{merged}", sink.getvalue().to_pybytes())
     assert trials(files) == [1, 2, 1, 2]
 
 
@@ -233,7 +245,7 @@ def test_a_late_outcome_of_an_older_driver_is_kept(files: Files) -> None:
     write(new, 4)
     new.compact()
     assert trials(files) == [1, 2, 3, 4]
-    assert len(files.list(LEDGER)) == 2
+    assert len(files.list(LEDGER)) == 3
 
 
 def test_an_older_driver_does_not_undo_a_newer_ones_merge(files: Files, caplog: pytest.LogCaptureFixture) -> None:
@@ -252,7 +264,7 @@ def test_a_lease_alone_supersedes(files: Files) -> None:
     write(old, 1)
     files.write("studies/s/lease/000002.json", b"{}")
     old.compact()
-    assert not files.exists("studies/s/outcomes.parquet")
+    assert not files.exists(OUTCOMES)
 
 
 def test_when_to_compact(files: Files) -> None:
@@ -284,9 +296,9 @@ def test_slow_compactions_are_rarer(tmp_path: Path) -> None:
     clock = Clock()
 
     class Slow(Files):
-        def write(self, path: str, data: Any) -> None:
+        def write(self, path: str, data: Any, *more: Any) -> None:
             clock.now += 3.0
-            super().write(path, data)
+            super().write(path, data, *more)
 
     ledger = Ledger(Slow(tmp_path), "s", 1, clock)
     write(ledger, 1)
@@ -345,8 +357,8 @@ def test_damaged_merged_outcomes_stop_nobody(files: Files, damage: str) -> None:
     ledger = Ledger(files, "s", 1)
     write(ledger, 1, 2)
     ledger.compact()
-    path = "studies/s/outcomes.parquet"
-    files.write(path, DAMAGES[damage](files.read(path)))
+    for path in (OUTCOMES, f"{LEDGER}/{parts(files, 'outcomes')[0]}"):
+        files.write(path, DAMAGES[damage](files.read(path)))
     assert trials(files) == []
     ledger = Ledger(files, "s", 2)
     write(ledger, 3)
@@ -354,7 +366,41 @@ def test_damaged_merged_outcomes_stop_nobody(files: Files, damage: str) -> None:
     ledger.compact()
     write(ledger, 4)
     assert trials(files) == [3, 4]
-    assert len(files.list("set-aside/studies/s")) == 1
+    assert len(files.list("set-aside/studies/s")) == 2 and len(files.list(f"set-aside/{LEDGER}")) == 1
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_of_two_copies_of_the_outcomes_one_is_enough(files: Files, damage: str) -> None:
+    ledger = Ledger(files, "s", 1)
+    for number, spoilt in enumerate(("merged", "copy", "merged")):
+        write(ledger, number)
+        ledger.compact()
+        path = OUTCOMES if spoilt == "copy" else f"{LEDGER}/{parts(files, 'outcomes')[-1]}"
+        files.write(path, DAMAGES[damage](files.read(path)))
+        assert trials(files) == list(range(number + 1)), spoilt
+    write(ledger, 3)
+    assert trials(files) == [0, 1, 2, 3]
+    ledger.compact()
+    assert trials(files) == [0, 1, 2, 3] and len(parts(files, "outcomes")) == 1
+    assert files.read(OUTCOMES) == files.read(f"{LEDGER}/{parts(files, 'outcomes')[0]}")
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_store_of_before_is_read_and_goes_on(files: Files, epoch: int) -> None:
+    for path in (path for path in BEFORE.rglob("*") if path.is_file()):
+        files.write(path.relative_to(BEFORE).as_posix(), path.read_bytes())
+    for kind in COLUMNS:
+        assert sorted(trials(files, kind)) == [1, 2, 3, 4]
+    (first, *_) = read_ledger(files, "s", "outcomes", ["trial", "accuracy"]).to_pylist()
+    assert first == {"trial": 1, "accuracy": 0.01}, "a row without measures does not take its place"
+    write(Ledger(files, "s", epoch), 5)
+    assert sorted(trials(files)) == [1, 2, 3, 4, 5]
+    Ledger(files, "s", epoch).compact()
+    assert trials(files) == [1, 2, 3, 4, 5] and len(files.list(LEDGER)) == 3
+    files.delete(OUTCOMES)
+    assert trials(files) == [1, 2, 3, 4, 5]
+    Ledger(files, "s", 3).compact()
+    assert files.read(OUTCOMES) == files.read(f"{LEDGER}/{parts(files, 'outcomes')[0]}")
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -379,7 +425,7 @@ def test_a_torn_merge_covers_nothing_and_what_it_was_made_of_counts(files: Files
 def test_foreign_names_are_reported_and_left_alone(files: Files, caplog: pytest.LogCaptureFixture) -> None:
     ledger = Ledger(files, "s", 1)
     write(ledger, 1)
-    foreign = ["README", "1-2-events.parquet", "000001-00000001-other.parquet", "000001-00000001-outcomes.all.parquet"]
+    foreign = ["README", "1-2-events.parquet", "000001-00000001-other.parquet"]
     for name in foreign:
         files.write(f"{LEDGER}/{name}", b"")
     with caplog.at_level(logging.WARNING, "orchardist.store"):
@@ -394,7 +440,7 @@ def test_an_older_version_is_filled_with_nulls(files: Files) -> None:
     old = _parquet({"key": [key], "trial": [1], "retired": ["x"]}, {"schema_version": "0"})
     files.write(f"{LEDGER}/000001-00000001-outcomes.parquet", old)
     assert read_ledger(files, "s", "outcomes", ["accuracy", "trial"]).to_pylist() == [{"accuracy": None, "trial": 1}]
-    files.write("studies/s/outcomes.parquet", _parquet({"key": ["1" * 64], "trial": [0]}, {"schema_version": "0"}))
+    files.write(OUTCOMES, _parquet({"key": ["1" * 64], "trial": [0]}, {"schema_version": "0"}))
     Ledger(files, "s", 2).compact()
     table = read_ledger(files, "s", "outcomes")
     assert table.schema.equals(schema("outcomes"), check_metadata=True)
@@ -417,9 +463,9 @@ class Mortal(Files):
         if self.changes < 0:
             raise Killed
 
-    def write(self, path: str, data: Any) -> None:
+    def write(self, path: str, data: Any, *more: Any) -> None:
         self._live()
-        super().write(path, data)
+        super().write(path, data, *more)
 
     def create(self, path: str, data: Any) -> bool:
         self._live()
@@ -460,7 +506,7 @@ def test_a_driver_may_be_killed_between_any_two_changes() -> None:
                 assert len(found) == len(set(found)), (changes, kind, found)
                 assert set(acknowledged) <= set(found) <= {*acknowledged, len(acknowledged)}, (changes, kind, found)
             Ledger(files, "s", 2).compact()
-        assert len(files.list(LEDGER)) <= 2, "leftovers of the killed one are tidied up"
+        assert len(files.list(LEDGER)) <= 3, "leftovers of the killed one are tidied up"
     raise AssertionError("the driver never came to its end")
 
 
@@ -549,12 +595,12 @@ def test_a_flush_beside_a_compaction_is_counted(tmp_path: Path) -> None:
     class During(Files):
         """Another thread flushes while the merged outcomes are being written."""
 
-        def write(self, path: str, data: Any) -> None:
+        def write(self, path: str, data: Any, *more: Any) -> None:
             thread = threading.Thread(target=write, args=(ledger, 2))
             thread.start()
             thread.join(timeout=10)
             assert not thread.is_alive(), "a flush waits for no compaction"
-            super().write(path, data)
+            super().write(path, data, *more)
 
     clock = Clock()
     files = During(tmp_path)
@@ -585,22 +631,159 @@ def test_what_an_older_driver_decides_after_a_newer_ones_first_merge_counts_for_
     assert parts(files, "proposals") == ["000003-00000000-proposals.all.parquet"]
 
 
-def test_covered_parts_stay_for_a_while_so_that_a_late_overwrite_loses_nothing(files: Files) -> None:
+def test_covered_parts_stay_for_a_while_so_that_a_torn_merge_loses_nothing(files: Files) -> None:
     clock = Clock()
     ledger = Ledger(files, "s", 1, clock)
     write(ledger, 1)
     ledger.compact(grace_seconds=30.0)
-    before = files.read("studies/s/outcomes.parquet")
     write(ledger, 2)
     clock.now = 29.0
     ledger.compact(grace_seconds=30.0)
-    files.write("studies/s/outcomes.parquet", before)
+    for path in (OUTCOMES, f"{LEDGER}/{parts(files, 'outcomes')[-1]}"):
+        files.write(path, b"")
     assert trials(files) == [1, 2]
     ledger.compact(grace_seconds=30.0)
     assert trials(files) == [1, 2]
     clock.now = 60.0
     ledger.compact(grace_seconds=30.0)
-    assert trials(files) == [1, 2] and len(files.list(LEDGER)) == 2
+    assert trials(files) == [1, 2] and len(files.list(LEDGER)) == 3
+
+
+# --- A driver that was taken for dead, and its late requests -------------------------------------------------------
+
+
+class Asleep(BaseException):
+    """The driver stands still for as long as nobody wakes it."""
+
+
+class Late(Files):
+    """Sends its n-th change, and falls asleep before the store has carried it out."""
+
+    def __init__(self, url: str | Path, changes: int) -> None:
+        super().__init__(url)
+        self.changes = changes
+        self.under_way: Callable[[], object] | None = None
+
+    def _sleep_over(self, act: Callable[[], object]) -> None:
+        self.changes -= 1
+        if self.changes < 0:
+            self.under_way = act
+            raise Asleep
+
+    def write(self, path: str, data: Any, first: Callable[[], None] | None = None) -> None:
+        if first is not None:
+            first()
+        self._sleep_over(lambda: Files.write(self, path, data))
+        super().write(path, data)
+
+    def create(self, path: str, data: Any) -> bool:
+        self._sleep_over(lambda: Files.create(self, path, data))
+        return super().create(path, data)
+
+    def delete(self, path: str) -> None:
+        self._sleep_over(lambda: Files.delete(self, path))
+        super().delete(path)
+
+
+def test_whatever_a_driver_has_sent_may_arrive_when_the_next_one_has_ended() -> None:
+    """Nothing of the newer one is lost for our readers, and whoever comes next puts right what others read."""
+    for changes in range(100):
+        files = Late(f"memory://{uuid4().hex}", changes)
+        acknowledged: list[int] = []
+        try:
+            for _ in _life(files, acknowledged):
+                pass
+        except Asleep:
+            pass
+        else:
+            assert changes > 20, "every request came late once"
+            return
+        files.changes = 100
+        files.create("studies/s/lease/000002.json", b"{}")
+        newer = Ledger(files, "s", 2)
+        newer.compact(grace_seconds=30.0)
+        for number in range(10, 14):
+            write(newer, number)
+        newer.compact()
+        before = {kind: trials(files, kind) for kind in COLUMNS}
+        assert {*acknowledged, 10, 11, 12, 13} <= set(before["outcomes"]), changes
+        assert files.under_way is not None
+        files.under_way()
+        for kind in COLUMNS:
+            assert set(trials(files, kind)) >= set(before[kind]), (changes, kind)
+            assert kind == "outcomes" or trials(files, kind) == before[kind], (changes, "it decides nothing any more")
+        after = trials(files)
+        Ledger(files, "s", 3).compact()
+        assert trials(files) == sorted(after), changes
+        published = pq.read_table(pa.BufferReader(files.read(OUTCOMES)))
+        assert published["trial"].to_pylist() == sorted(after), changes
+    raise AssertionError("the driver never came to its end")
+
+
+def test_the_canary_sees_rows_that_only_a_copy_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was once: what a late request overwrites was the only place of the newer driver's rows."""
+    right = tables.parts_of
+
+    def blind(*args: Any, **more: Any) -> list[Any]:
+        return [part for part in right(*args, **more) if not (part.merged and part.kind == "outcomes")]
+
+    monkeypatch.setattr(tables, "parts_of", blind)
+    with pytest.raises(AssertionError):
+        test_whatever_a_driver_has_sent_may_arrive_when_the_next_one_has_ended()
+
+
+def test_a_driver_that_waits_for_its_store_looks_at_the_lease_before_every_attempt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The store is away while the outcomes are published; when it answers again another driver has them."""
+    server, time_ = Faulty(uuid4().hex), Time()
+    files = Files(server.url, clock=time_, sleep=time_.sleep)
+    ledger = Ledger(files, "s", 1)
+    write(ledger, 1)
+
+    def fail_at_the_copy(kind: str, act: Callable[[], Any], torn: Callable[[], Any] | None = None) -> Any:
+        if kind == "put" and any("outcomes.all" in name for name in server.objects) and not time_.now:
+            raise TimeoutError("no answer")
+        return right(kind, act, torn)
+
+    def overtaken() -> None:
+        server.objects["root/studies/s/lease/000002.json"] = b"{}"
+
+    right, server.call = server.call, fail_at_the_copy  # type: ignore[method-assign]
+    time_.then = overtaken
+    with caplog.at_level(logging.WARNING, "orchardist.store"):
+        ledger.compact()
+    assert "newer driver" in caplog.text and time_.now > 0
+    assert not files.exists(OUTCOMES) and len(parts(files, "outcomes")) == 2, "nothing is overwritten or deleted"
+    assert trials(files) == [1]
+
+
+def test_a_copy_that_a_late_request_has_overwritten_is_put_right_by_who_comes_next(files: Files) -> None:
+    ledger = Ledger(files, "s", 1)
+    write(ledger, 1)
+    ledger.compact()
+    before = files.read(OUTCOMES)
+    write(ledger, 2)
+    ledger.compact()
+    files.write(OUTCOMES, before)
+    assert trials(files) == [1, 2]
+    Ledger(files, "s", 2).compact()
+    assert files.read(OUTCOMES) == files.read(f"{LEDGER}/{parts(files, 'outcomes')[0]}") != before
+    assert len(parts(files, "outcomes")) == 1
+
+
+def test_the_first_outcomes_are_published_at_once(files: Files) -> None:
+    clock = Clock()
+    ledger = Ledger(files, "s", 1, clock)
+    ledger.append("events", [{"event": "started"}])
+    ledger.flush()
+    assert not ledger.should_compact()
+    write(ledger, 1)
+    assert ledger.should_compact()
+    ledger.compact(grace_seconds=30.0)
+    assert files.exists(OUTCOMES)
+    write(ledger, 2)
+    assert not ledger.should_compact() and not Ledger(files, "s", 2, clock).should_compact()
 
 
 @pytest.mark.parametrize("kind", list(COLUMNS))

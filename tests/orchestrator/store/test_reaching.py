@@ -19,7 +19,7 @@ from orchestrator import Study
 from orchestrator.errors import StoreError
 from orchestrator.pools.local import LocalPool
 from orchestrator.store import Files, acquire
-from orchestrator.store.files import without_credentials
+from orchestrator.store.address import without_credentials
 from tests.faulty import Faulty
 from tests.orchestrator.pools import small
 from tests.orchestrator.store.test_lease import Time
