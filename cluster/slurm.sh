@@ -23,6 +23,7 @@ export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
 export RAY_AUTH_TOKEN
 export RAY_USAGE_STATS_ENABLED=0 OMP_NUM_THREADS=1
+export RAY_ROTATION_MAX_BYTES=67108864 RAY_ROTATION_BACKUP_COUNT=1 # what workers print has no bound otherwise
 export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # without it a step has one core, whatever the job has
 
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")

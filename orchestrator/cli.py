@@ -6,21 +6,19 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from orchestrator.errors import InputError, OrchardistError, WorkersUnusable
+from orchestrator.interrupts import heard
+from orchestrator.pools.shipped import AGAIN_VARIABLE
 from orchestrator.printing import Format, cell, front_rows, hypervolume_line, print_json, print_rows, print_table
-from orchestrator.store.address import without_credentials
+from orchestrator.store.address import without_credentials, without_secrets
 from orchestrator.store.paths import DEFAULT_STORE
 
 if TYPE_CHECKING:
@@ -63,7 +61,6 @@ CacheGb = Annotated[
     float | None,
     typer.Option(metavar="F", help="each worker's memory for recent states; default: 1/8 of its part of the machine's"),
 ]
-_LONGEST_WAIT_SECONDS = 5.0
 
 
 @app.command()
@@ -171,7 +168,8 @@ def submit(
     name = StudySpec.load(study).name
     client, token = jobs.connect(address), jobs.wants_token(address)
     command = jobs.entrypoint(shipped, jobs.options_of(context))
-    found = jobs.submit(client, shipped, name=name, store=store, command=command)
+    again = shlex.join([_program(), *sys.argv[1:]])
+    found = jobs.submit(client, shipped, name=name, store=store, command=command, again=again)
     stop = jobs.by_hand(address, "stop", found.id, token=token)
 
     def told(line: str) -> None:
@@ -187,18 +185,24 @@ def submit(
             told(f"sent {row['file']}: {row['bytes']:,} bytes")
         for path in shipped.left:
             told(f"not sent, every node must have it: {path}")
+        for path in shipped.withheld:
+            told(f"not sent, it may hold credentials: {path} (to send it all the same: --include {path})")
         told(f"submitted as the job {found.id}")
     try:
         if follow:
-            code = jobs.follow(client, found.id, lambda text: print(text, end="", flush=True))
+            code = jobs.follow(client, found.id, lambda text: print(text, end="", flush=True), told)
             raise typer.Exit(code)
-        if not jobs.wait_until_started(client, found.id):
-            told("it has not started yet: the cluster may have no room")
+        begun = jobs.wait_until_begun(client, found.id)
     except KeyboardInterrupt:
         told(f"the job {found.id} goes on; the same command joins it again. To stop it: {stop}")
         raise _Left(130) from None
     told(f"to follow it: the same command with --follow; to stop it: {stop}")
-    told(f"to look at it: {_program()} status {name} --store {shlex.quote(without_credentials(store))}")
+    look = f"{_program()} status {name} --store {shlex.quote(without_credentials(store))}"
+    if begun:
+        told(f"to look at it: {look}")
+    else:
+        told(f"it has not begun yet; what it says: {jobs.by_hand(address, 'logs', found.id, token=token)}")
+        told(f"to look at it once it has: {look}")
 
 
 @app.command()
@@ -609,84 +613,34 @@ class _Left(SystemExit):
 
 def main() -> None:
     """The `orchardist` command. Wrong input ends with exit code 2, an interrupt with 130."""
-    try:
-        with _imports_uninterrupted():
+    with heard(_stopped):
+        try:
             sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
-    except USAGE_ERROR as error:
-        context = getattr(error, "ctx", None)
-        _end(f"{error.format_message()}\nsee {context.command_path if context else 'orchardist'} --help", 2)
-    except (InputError, WorkersUnusable) as error:
-        _end(str(error), 2)
-    except OrchardistError as error:
-        _end(str(error), 1)
-    except KeyboardInterrupt:
-        _interrupted()
-    except SystemExit as end:
-        if end.code == 130 and not isinstance(end, _Left):  # what typer makes of an interrupt within a command
-            _interrupted()
-        raise
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        except USAGE_ERROR as error:
+            context = getattr(error, "ctx", None)
+            _end(f"{error.format_message()}\nsee {context.command_path if context else 'orchardist'} --help", 2)
+        except (InputError, WorkersUnusable) as error:
+            _end(str(error), 2)
+        except OrchardistError as error:
+            _end(str(error), 1)
+        except KeyboardInterrupt:
+            _end(_stopped(), 130)
+        except SystemExit as end:
+            if end.code == 130 and not isinstance(end, _Left):  # what typer makes of an interrupt within a command
+                _end(_stopped(), 130)
+            raise
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
 
-@contextmanager
-def _imports_uninterrupted() -> Iterator[None]:
-    """Within the block Ctrl-C waits for the end of an import, though not for long.
-
-    An interrupted import can leave its module locked for good, and a thread that imports it too, such as the one
-    that starts Ray, would never end. An interrupt that nobody hears comes again: what is raised in a destructor, or in
-    what a library runs around a fork, goes no further.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked: list[float] = []
-
-    def again() -> None:
-        timer = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT))
-        timer.daemon = True
-        timer.start()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        asked.append(time.monotonic())
-        if _importing(frame) and asked[-1] - asked[0] < _LONGEST_WAIT_SECONDS:
-            again()
-        else:
-            asked.clear()
-            raise KeyboardInterrupt
-
-    def unheard(ignored: sys.UnraisableHookArgs) -> None:
-        if issubclass(ignored.exc_type, KeyboardInterrupt):
-            again()
-        else:
-            said(ignored)
-
-    said, sys.unraisablehook = sys.unraisablehook, unheard
-    before = signal.signal(signal.SIGINT, handle)
-    # Batch systems end a job with SIGTERM: it stops as cleanly as with Ctrl-C.
-    term = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        signal.signal(signal.SIGTERM, term)
-        sys.unraisablehook = said
-
-
-def _importing(frame: FrameType | None) -> bool:
-    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
-        frame = frame.f_back
-    return frame is not None
-
-
-def _interrupted() -> NoReturn:
-    again = without_credentials(shlex.join([_program(), *sys.argv[1:]]))
-    _end(f"stopped; nothing finished is lost. To go on:\n  {again}", 130)
+def _stopped() -> str:
+    again = os.environ.get(AGAIN_VARIABLE) or without_credentials(shlex.join([_program(), *sys.argv[1:]]))
+    return f"stopped; nothing finished is lost. To go on:\n  {again}"
 
 
 def _end(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)
+    print(without_secrets(message, os.environ), file=sys.stderr)
     sys.exit(code)
 
 

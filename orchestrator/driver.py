@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
-import threading
+import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +20,7 @@ from orchestrator.canonical import digest
 from orchestrator.errors import InputError, StoreError
 from orchestrator.graph import Facts, Graph, Segment
 from orchestrator.history import History
+from orchestrator.interrupts import held
 from orchestrator.joblog import doing
 from orchestrator.judging import Judge, Rounds
 from orchestrator.metrics import metrics
@@ -34,6 +34,7 @@ from orchestrator.progress import Progress, Silent, Standing
 from orchestrator.room import Room
 from orchestrator.settings import FINAL
 from orchestrator.spec import StudySpec
+from orchestrator.store.address import without_secrets
 from orchestrator.store.lease import Lease
 from orchestrator.store.ledger import GRACE_SECONDS
 from orchestrator.store.store import Store
@@ -178,8 +179,7 @@ class Driver:
             retries=sum(past.retries.values()),
         )
         for ended in over:
-            if ended.values is not None:
-                self.standing.note(setting.objectives, ended.values)
+            self.standing.note(setting.objectives, ended.best)
 
     def run(self) -> Standing:
         """Run until every asked-for trial has ended. What is recorded stays recorded, however this ends.
@@ -204,7 +204,7 @@ class Driver:
         with Ahead(proposer, max(1, min(self._window(), to_ask))) as ahead:
             self._ahead = ahead
             try:
-                with _uninterrupted():
+                with held():
                     self._room.keep(self._under_way, now=True, idle=bool(to_ask or self._proposed))
                     self._begin_dense()
                     self._compare_again()
@@ -217,7 +217,7 @@ class Driver:
                     if room > 0 and not self._room.full and (learns or room >= min(window // 2, to_ask)):
                         asked = self._ask(room, patient=not learns or not self._trials)
                         to_ask = 0 if ahead.exhausted and not asked else to_ask - len(asked)
-                    with _uninterrupted():
+                    with held():
                         self._propose(asked)
                         self._begin_some(window)
                         if not (to_ask or self._proposed):
@@ -228,7 +228,7 @@ class Driver:
                         self._finished = True
                         break
                     events = self.pool.completed(FLUSH_SECONDS)
-                    with _uninterrupted():
+                    with held():
                         self._hear(events)
                         self._settle()
                         self._record()
@@ -237,7 +237,7 @@ class Driver:
                     self.progress.show(self.standing)
                     self._publish()
             finally:
-                with _uninterrupted():
+                with held():
                     self._end()
         return self.standing
 
@@ -386,8 +386,9 @@ class Driver:
     def _submit(self) -> None:
         if self.pool.free:
             for segment in self.graph.ready():
-                if self._checkpoints:
-                    steps = tuple(replace(step, begun=step.key in self._checkpoints) for step in segment.steps)
+                begun = {s.key for s in segment.steps if s.key in self._checkpoints or self._retries.interrupted(s.key)}
+                if begun:
+                    steps = tuple(replace(step, begun=step.key in begun) for step in segment.steps)
                     segment = replace(segment, steps=steps)
                 gpus = self._retries.gpus(segment)
                 if gpus:
@@ -457,6 +458,9 @@ class Driver:
         self._values[key] = self.judge.asked_of(measures)
 
     def _failed(self, event: Failed) -> None:
+        # Its worker has left out its own secrets; this process may have others.
+        message, shown = (without_secrets(text, os.environ) for text in (event.message, event.traceback))
+        event = replace(event, message=message, traceback=shown)
         if event.kind == "gone":
             self.graph.lost(event.key)
             return
@@ -619,6 +623,7 @@ class Driver:
         return {
             "round": last,
             "constraints": rounds[last][1],
+            "best": self.judge.best(rounds),
             "epochs": trial.epochs,
             "stages": trial.stages,
             "outcomes": len(self._values),
@@ -628,8 +633,7 @@ class Driver:
 
     def _learn(self, trial: _Trial, rounds: Rounds) -> None:
         """Note the best of what was reached, and tell the sampler of the shorter trials in it."""
-        for reached, _ in rounds.values():
-            self.standing.note(self.setting.objectives, reached)
+        self.standing.note(self.setting.objectives, self.judge.best(rounds))
         if self.spec.sampler in LEARNS:
             for number, (values, constraints) in rounds.items():
                 if number != trial.rounds:
@@ -663,10 +667,10 @@ class Driver:
         whose = {"trial": trial} if owner is None else dict(zip(("trial", "round", "seed"), owner, strict=False))
         doing(self.spec.name, event, {**detail, **whose, "key": key, "worker": worker})
 
-    def _publish(self) -> None:
+    def _publish(self, *, at_once: bool = False) -> None:
         """Let whoever watches the cluster see how the study stands, not too often."""
         now = time.monotonic()
-        if now - self._published_at >= PUBLISH_SECONDS:
+        if at_once or now - self._published_at >= PUBLISH_SECONDS:
             self._published_at = now
             self.pool.publish(self.spec.name, metrics(self.standing, self.graph.queued))
 
@@ -695,25 +699,10 @@ class Driver:
             self._event("ended", detail=detail)
         try:
             self._record(at_once=True)
+            self._publish(at_once=True)
             self._compactor.shutdown()
             if not self.lease.lost:
                 self.ledger.compact()
         finally:
             self._compactor.shutdown(wait=False)
             self.progress.end(self.standing)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done, so that what is noted is written whole and once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if caught:
-            signal.raise_signal(signal.SIGINT)

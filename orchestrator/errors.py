@@ -8,10 +8,13 @@ OrchardistError
 │   ├── UnknownName                a name that no registry knows
 │   ├── QueryError                 a bound or a key that cannot be answered
 │   └── StoreError                 a store that cannot be opened, read or written
+│       └── StoreFull              it holds more than the study file lets it
 ├── StageFailed                    one trial's work went wrong: a failed outcome, the study goes on
 │   ├── NotFinite                  a loss, a weight or a score became NaN or infinite
 │   └── TimedOut                   a stage took longer than the study lets it
-└── WorkersUnusable                workers do not share the driver's store or code: exit code 2
+├── StoreFailed                    a store that had answered failed in the middle of a run: exit code 1, run it again
+├── WorkersUnusable                workers do not share the driver's store or code: exit code 2
+└── WorkersDied                    workers end before they are ready, again and again, and nobody says why
 """
 
 from __future__ import annotations
@@ -58,6 +61,10 @@ class StoreError(InputError):
     """A store that cannot be opened, read or written."""
 
 
+class StoreFull(StoreError):
+    """The store holds more than the study file lets it, and all of it is needed."""
+
+
 class StageFailed(OrchardistError):
     """One stage of one trial could not be done."""
 
@@ -70,5 +77,13 @@ class TimedOut(StageFailed):
     """A stage took longer than the study lets it."""
 
 
+class StoreFailed(OrchardistError):
+    """A store that answered when the study began has failed since; the same command goes on from what is finished."""
+
+
 class WorkersUnusable(OrchardistError):
     """The workers do not see the driver's store, or run other code than the driver."""
+
+
+class WorkersDied(OrchardistError):
+    """For a long time every worker has died before it was ready, without a word of its own."""

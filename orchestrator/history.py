@@ -29,6 +29,8 @@ class Ending:
     """How the keys of its points begin."""
     round: int = 0
     """The last one that it came to."""
+    best: tuple[float, ...] = ()
+    """Of each objective the best value after any round; nothing of a failed trial."""
 
 
 Rung = tuple[int, tuple[float, ...], dict[str, float]]
@@ -157,6 +159,7 @@ def ending(state: Literal["done", "failed", "stopped"], detail: Mapping[str, Any
         reason=detail.get("reason", ""),
         points=tuple(detail.get("points", ())),
         round=detail.get("round", 0),
+        best=tuple(detail.get("best") or detail.get("values") or ()),
     )
 
 

@@ -18,14 +18,16 @@ from orchestrator.canonical import finite
 from orchestrator.errors import InputError
 from orchestrator.store.address import without_credentials
 
-_DOINGS = logging.getLogger("orchardist.doings")
+DOINGS = logging.getLogger("orchardist.doings")
+"""Where every doing is said, under `said`."""
+
 _ROOT = logging.getLogger("orchardist")
 
 
 def doing(study: str, event: str, said: Mapping[str, Any]) -> None:
     """Say what happened; costs next to nothing while nobody listens."""
-    if _DOINGS.isEnabledFor(logging.INFO):
-        _DOINGS.info(event, extra={"said": {"study": study, "event": event, **said}})
+    if DOINGS.isEnabledFor(logging.INFO):
+        DOINGS.info(event, extra={"said": {"study": study, "event": event, **said}})
 
 
 @contextmanager

@@ -71,6 +71,15 @@ class Judge:
                 return f"the constraint {bound} cannot be judged: its measure or the dense model's is missing"
         return ""
 
+    def best(self, rounds: Rounds) -> list[float]:
+        """The best value of each objective that was reached after any round; the last has a number for each."""
+        columns = zip(*(values for values, _ in rounds.values()), strict=True)
+        best_of = {"maximise": max, "minimise": min}
+        return [
+            best_of[objective.direction](value for value in column if math.isfinite(value))
+            for objective, column in zip(self.objectives, columns, strict=True)
+        ]
+
     def _of_all(self, keys: Sequence[str]) -> dict[str, float]:
         """Means by column; nothing where one of the states is not measured."""
         return self._means([self.values[key] for key in keys]) if self.values.keys() >= {*keys} else {}

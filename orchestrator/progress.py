@@ -37,9 +37,9 @@ class Standing:
     """What else is to be said now, such as that a driver gives no sign of life."""
 
     def note(self, objectives: Sequence[Objective], values: Sequence[float]) -> None:
-        """Keep the best value that any trial reached, for each objective."""
+        """Keep the best value that any trial reached, for each objective; of a failed trial there are no values."""
         best_of = {"maximise": max, "minimise": min}
-        for objective, value in zip(objectives, values, strict=True):
+        for objective, value in zip(objectives, values, strict=bool(values)):
             old = self.best.get(objective.name, value)
             self.best[objective.name] = best_of[objective.direction](old, value)
 

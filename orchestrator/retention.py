@@ -16,6 +16,7 @@ from orchestrator.errors import OrchardistError, QueryError, StageFailed, StoreE
 from orchestrator.outcome import DENSE_TRIAL
 from orchestrator.store import paths
 from orchestrator.store.checkpoints import Place
+from orchestrator.store.files import NoRoom
 from orchestrator.store.lease import Pulse, decided
 from orchestrator.store.store import Store
 
@@ -114,13 +115,43 @@ def sweep(
         under_way: the states that trials under way may need, where the study is being run by this very process: then
             nothing is waited for, and what killed writers left stays for another time.
 
-    An outcome is in the merged ledger before its state goes. What is gone is made again when somebody asks for it.
+    An outcome is in the merged ledger before its state goes; on a full disk, where nothing can be merged, it is in a
+    part, which is as durable. What is gone is made again when somebody asks for it.
     """
-    others = others or Others(store, study)
+    full = False
     if ledger is not None:
         from orchestrator.store.ledger import GRACE_SECONDS
 
-        ledger.compact(0.0 if under_way is None else GRACE_SECONDS)
+        grace_seconds = 0.0 if under_way is None else GRACE_SECONDS
+        try:
+            ledger.compact(grace_seconds)
+        except NoRoom as error:
+            _LOG.warning("%s; states that nobody needs go first", error)
+            full = True
+    epoch = None if ledger is None else ledger.epoch
+    swept = _sweep(store, study, epoch, others or Others(store, study), under_way)
+    if ledger is not None and full:
+        with suppress(NoRoom):
+            ledger.compact(grace_seconds)
+    return swept
+
+
+def sweep_a_full_disk(store: Store, study: str) -> Swept:
+    """As `sweep`, where there is no room even for a lease: nothing is written.
+
+    Who begins to run the study while this is at work is seen before anything is removed, as with other studies.
+
+    Raises:
+        StoreError: the study is being run.
+    """
+    sign = decided(Pulse(store.files, study))
+    if sign.alive:
+        raise StoreError(f"study {study} is being run by {sign.driver}; stop it first")
+    return _sweep(store, study, sign.epoch, Others(store, study), None)
+
+
+def _sweep(store: Store, study: str, epoch: int | None, others: Others, under_way: Collection[str] | None) -> Swept:
+    """What `sweep` does for a driver under this epoch, or after it; None: nothing is removed."""
     running = others.running(at_once=under_way is not None)
     while True:
         gone, kept = _unneeded(store, study, others.names(), running, under_way or ())
@@ -130,9 +161,9 @@ def sweep(
         if now <= running:
             break
         running |= now
-    if ledger is not None:
+    if epoch is not None:
         newest = Pulse(store.files, study).look()
-        if newest.epoch > ledger.epoch:
+        if newest.epoch > epoch:
             by = newest.driver or "another process"
             raise StoreError(f"study {study} was taken over by {by}: nothing is removed")
         _each(store.states.delete, [each.key for each in gone])

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from orchestrator.errors import StoreError
+from orchestrator.errors import StoreFull
 from orchestrator.retention import Others, sweep
 from orchestrator.store.ledger import Ledger
 from orchestrator.store.store import Store
@@ -70,7 +70,7 @@ class Room:
             idle: no trial is under way that could make room by its end.
 
         Raises:
-            StoreError: there is no room, and nothing that could make some.
+            StoreFull: there is no room, and nothing that could make some.
         """
         if not self.most_gb:
             return
@@ -95,7 +95,7 @@ class Room:
             used -= swept.bytes
         full = used > most
         if full and idle:
-            raise StoreError(
+            raise StoreFull(
                 f"the store {self.store.name} holds {_gb(used)}, and all of it is needed: more than max_store_gb = "
                 f"{self.most_gb:g}; raise it, or remove what other studies left (`gc`), and run it again: what is "
                 "finished is not lost"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import history
 from orchestrator.code import code_digest
-from orchestrator.errors import InputError, QueryError, SpecError, UnknownName
+from orchestrator.errors import InputError, QueryError, SpecError, StoreError, StoreFailed, StoreFull, UnknownName
 from orchestrator.front import Front, NothingMeets, column_of, front, joined, known_measures
 from orchestrator.mixes import warnings
 from orchestrator.objectives import NOT_MEASURED, OBJECTIVES, Objective, objectives
@@ -21,6 +22,7 @@ from orchestrator.planning.trial import trial_plan
 from orchestrator.progress import Progress, Standing
 from orchestrator.spec import OPEN, StudySpec, mix_refused, read_text
 from orchestrator.store import paths
+from orchestrator.store.files import NoRoom
 from orchestrator.store.lease import Lease, Pulse, acquire, beating, decided, this_process
 from orchestrator.store.paths import DEFAULT_STORE
 from orchestrator.store.store import Store
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from orchestrator.settings import OtherTask
     from orchestrator.tasks.info import TaskInfo
     from orchestrator.warm_start import WarmStart
+
+_LOG = logging.getLogger("orchardist.study")
 
 _CHANGES_SHOWN = 2
 _LONGEST_VALUE = 60
@@ -99,6 +103,7 @@ class Study:
 
         Raises:
             InputError: something in the study, its task or the store is wrong, or another driver runs it.
+            StoreFailed: the store, which had answered, failed while the study was run: what is finished is kept.
         """
         self._refuse_early()
         lease = acquire(self.store.files, self.spec.name, **this_process())
@@ -106,7 +111,8 @@ class Study:
             with beating(lease):  # from now on: workers may take their time to come
                 return self._run(pool, workers, progress, accept_task_change, lease)
         finally:
-            lease.release()
+            with _at_the_end():
+                lease.release()
 
     def _run(
         self,
@@ -142,18 +148,19 @@ class Study:
                     setting = Setting(spec=self.spec, info=info, objectives=found, code=code)
                     self._check(setting)
                     setting = replace(setting, warm=self._warm_start(setting))
-                lease.check()  # workers may take so long to come that another driver is there first
-                self._write(setting, lease)
-                # What an older driver still writes from here on decides nothing any more.
-                self.store.ledger(self.spec.name, lease.epoch).compact(GRACE_SECONDS)
-                past = history.read(self.store, self.spec.name)
-                past.ask_for(self.spec.search_space())
-                standing = Driver(setting, self.store, pool, lease, past, progress).run()
-                if self.spec.keep == "front":
-                    from orchestrator.retention import sweep
+                with _going_on(lease):
+                    lease.check()  # workers may take so long to come that another driver is there first
+                    self._write(setting, lease)
+                    # What an older driver still writes from here on decides nothing any more.
+                    self.store.ledger(self.spec.name, lease.epoch).compact(GRACE_SECONDS)
+                    past = history.read(self.store, self.spec.name)
+                    past.ask_for(self.spec.search_space())
+                    standing = Driver(setting, self.store, pool, lease, past, progress).run()
+                    if self.spec.keep == "front":
+                        from orchestrator.retention import sweep
 
-                    sweep(self.store, self.spec.name, self.store.ledger(self.spec.name, lease.epoch))
-                return standing
+                        sweep(self.store, self.spec.name, self.store.ledger(self.spec.name, lease.epoch))
+                    return standing
         finally:
             if ours:
                 pool.close()
@@ -240,8 +247,8 @@ class Study:
         stopped = [ending for ending in past.endings.values() if ending.state == "stopped"]
         ended = past.finished and len(past.endings) >= len(past.proposals)
         best = Standing(asked=self.spec.trials)
-        for ending in done:
-            best.note(self.objectives(), ending.values or ())
+        for ending in (*done, *stopped):
+            best.note(self.objectives(), ending.best)
         return {
             "study": self.spec.name,
             "state": "running" if alive else "done" if ended else "stopped",
@@ -336,16 +343,23 @@ class Study:
         Raises:
             StoreError: the study is being run.
         """
-        from orchestrator.retention import sweep
+        from orchestrator.retention import sweep, sweep_a_full_disk
 
         if dry_run:
             return sweep(self.store, self.spec.name, None)
-        lease = acquire(self.store.files, self.spec.name, **this_process())
+        try:
+            lease = acquire(self.store.files, self.spec.name, **this_process())
+        except NoRoom:
+            swept = sweep_a_full_disk(self.store, self.spec.name)
+            if swept.bytes:
+                return swept
+            raise
         try:
             with beating(lease):
                 return sweep(self.store, self.spec.name, self.store.ledger(self.spec.name, lease.epoch))
         finally:
-            lease.release()
+            with suppress(NoRoom):  # who has no room for a word more is seen to have ended all the same
+                lease.release()
 
     def objectives(self) -> list[Objective]:
         """What the study optimises: as noted when it was first run, or by what its file says."""
@@ -355,6 +369,7 @@ class Study:
     def _refuse_early(self) -> None:
         """What can be refused before a worker is started for it."""
         self._refuse_another_study()
+        self._refuse_a_files_name()
         sources = self._bind_functions()
         with self._naming_its_file():
             self.spec.check_mixes({name: source.digest for name, source in sources.items()})
@@ -380,6 +395,13 @@ class Study:
                 f"{'; '.join(changes[:_CHANGES_SHOWN])}{more}\n"
                 "legal: another name, or change only trials, [[enqueue]] and [stopping], or ask for more rounds"
             )
+
+    def _refuse_a_files_name(self) -> None:
+        """Commands take what ends so for a study file."""
+        name = self.spec.name
+        if name.endswith(".toml") and not self.store.study_exists(name):
+            with self._naming_its_file("name"):
+                raise SpecError(f"{name!r} is the name of a study file; legal: one without '.toml', as {name[:-5]!r}")
 
     def _changes_since(self, text: str) -> list[str]:
         """What makes this study another one than the study file of before describes; nothing if it goes on from it."""
@@ -488,9 +510,10 @@ class Study:
         try:
             yield nonce
         finally:
-            for name in map(paths.handshake, files.list(paths.HANDSHAKE)):
-                if name.startswith(nonce):
-                    files.delete(name)
+            with _at_the_end():
+                for name in map(paths.handshake, files.list(paths.HANDSHAKE)):
+                    if name.startswith(nonce):
+                        files.delete(name)
 
     def _check(self, setting: Setting) -> None:
         """Refuse mixes of choices that do not go together, or not with this task."""
@@ -540,6 +563,28 @@ class Study:
         }
         self._meta = meta
         self.store.write_study(self.spec.name, self._text or self.spec.to_toml(), meta, lease.look)
+
+
+@contextmanager
+def _going_on(lease: Lease) -> Iterator[None]:
+    """A store that fails now had answered before: no input is wrong, but of a study taken over or grown too large."""
+    try:
+        yield
+    except StoreError as error:
+        if lease.lost or isinstance(error, StoreFull):
+            raise
+        # A full disk says so itself, a worker's too, of which only the message comes here.
+        kept = "" if str(error).endswith("is not lost") else "\nwhat is finished is kept: run it again to go on"
+        raise StoreFailed(f"{error}{kept}") from error
+
+
+@contextmanager
+def _at_the_end() -> Iterator[None]:
+    """What cannot be tidied up must not hide what went wrong before: it waits for the next run."""
+    try:
+        yield
+    except StoreError as error:
+        _LOG.warning("left for the next run: %s", error)
 
 
 def _noted(info: TaskInfo) -> dict[str, Any]:

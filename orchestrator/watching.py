@@ -78,6 +78,7 @@ def standing_of(status: Mapping[str, Any]) -> Standing:
         asked=trials["asked"],
         done=trials["done"],
         failed=trials["failed"],
+        stopped=trials["stopped"],
         running=trials["running"],
         epochs_asked=epochs["asked"],
         epochs_run=epochs["run"],

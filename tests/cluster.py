@@ -70,7 +70,7 @@ def head(folder: Path) -> Iterator[tuple[str, str]]:
 class Nodes:
     """A cluster of `ray start` processes, each node in a process group of its own, which nobody else's Ray is in."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, dashboard: bool = False) -> None:
         self.folder = folder
         # Ray puts sockets there, whose paths must be short.
         self._temporary = Path(tempfile.mkdtemp(prefix="ray-"))
@@ -79,9 +79,15 @@ class Nodes:
         port = _free_port()
         self.address = f"127.0.0.1:{port}"
         self._nodes: list[subprocess.Popen[bytes]] = []
+        shown = _free_port() if dashboard else 0
+        self.dashboard = f"http://127.0.0.1:{shown}"
+        """Where jobs are sent, if there is one; it asks for the token, as all nodes do then."""
+        self._environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN} if dashboard else {}
         self._head = [
-            *("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", "--node-ip-address=127.0.0.1"),
+            *("--head", f"--port={port}", "--num-cpus=0", "--node-ip-address=127.0.0.1"),
             *(f"--temp-dir={self._temporary}", f"--ray-client-server-port={_free_port()}"),
+            *(["--dashboard-host=127.0.0.1", f"--dashboard-port={shown}"] if dashboard else []),
+            f"--include-dashboard={str(dashboard).lower()}",
         ]
 
     def answers(self) -> bool:
@@ -145,7 +151,12 @@ class Nodes:
         with (self.folder / f"node-{len(self._nodes)}.log").open("wb") as log:
             node = subprocess.Popen(
                 [str(Path(sys.executable).parent / "ray"), "start", *common, *flags],
-                env=os.environ | {"PYTHONPATH": ROOT, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "5"} | environment,
+                env=os.environ
+                | {"PYTHONPATH": ROOT, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "5"}
+                # Jobs are started with the `python` on the path.
+                | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+                | self._environment
+                | environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -160,9 +171,9 @@ class Nodes:
 
 
 @contextmanager
-def nodes(folder: Path) -> Iterator[Nodes]:
-    """A cluster that ends with the block; its logs are in `folder`."""
-    found = Nodes(folder)
+def nodes(folder: Path, *, dashboard: bool = False) -> Iterator[Nodes]:
+    """A cluster that ends with the block; its logs are in `folder`. With a dashboard it takes jobs, and wants a token."""
+    found = Nodes(folder, dashboard=dashboard)
     try:
         yield found
     finally:

@@ -18,7 +18,12 @@ ONLY = {
     "optuna": ("search/proposer.py", "search/optuna_study.py"),
     "mlflow": ("orchestrator/trackers/mlflow.py",),
     "transformers": ("orchestrator/export/pretrained.py",),
-    "ray": ("orchestrator/pools/ray.py", "orchestrator/pools/actor.py", "orchestrator/jobs/submit.py"),
+    "ray": (
+        "orchestrator/pools/ray.py",
+        "orchestrator/pools/actor.py",
+        "orchestrator/pools/shipped.py",
+        "orchestrator/jobs/submit.py",
+    ),
     "pyarrow": ("orchestrator/store/*",),
     "fsspec": ("orchestrator/store/*",),
     "typer": ("orchestrator/cli.py", "orchestrator/progress.py"),

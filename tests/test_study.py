@@ -490,6 +490,12 @@ def test_an_earlier_study_file_that_cannot_be_read_any_more(root: Path, memory: 
         run(memory, root, trials=1, seeds=[1])
 
 
+def test_a_name_that_reads_like_a_file_is_refused(root: Path, memory: str) -> None:
+    with pytest.raises(SpecError, match=r"'small\.toml'"):
+        run(memory, root, name="small.toml")
+    assert Store(memory).studies() == []
+
+
 def test_a_study_that_is_being_run_is_refused(root: Path, tmp_path: Path) -> None:
     from orchestrator.store.lease import acquire, this_process
 
@@ -579,6 +585,14 @@ def test_progress_counts_right_after_a_restart(root: Path, memory: str) -> None:
     assert before["trials"]["done"] <= seen[0][0] <= before["trials"]["done"] + 1
     assert seen == sorted(seen)
     assert seen[-1][0] == 6
+
+
+def test_the_best_is_that_of_every_round_before_and_after_a_restart(root: Path, memory: str) -> None:
+    study, live = run(memory, root)
+    _, again = run(memory, root)
+    rounds = [row for row in study.table().to_pylist() if row["round"] > 0]
+    best = {"accuracy": max(r["accuracy"] for r in rounds), "sparsity": max(r["sparsity"] for r in rounds)}
+    assert live.best == again.best == study.status()["best"] == best
 
 
 @pytest.fixture(autouse=True)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import platform
 import secrets
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.errors import InputError, OrchardistError, StoreError
+from orchestrator.pools.shipped import own_copy
 from orchestrator.store import paths
+from orchestrator.store.address import address as read_url
 from orchestrator.store.store import Store
 
 HARMLESS_SKEW_SECONDS = 2.0
@@ -30,6 +35,40 @@ _SHORT = 12
 _REACH = "start the cluster, or give its address and its token"
 _FIRST = "[\n"
 _WITHIN = "import sys; from orchestrator.jobs.doctor import main; sys.exit(main())"
+_LOOK = "from orchestrator.jobs.doctor import report; report()"
+_OF_THE_KERNEL = ("/proc", "/sys", "/dev")
+
+# What a store's driver says, and what to do about it; the first that fits.
+_ADVICE = (
+    (
+        ("is not installed", "No module named", "protocol not known", "pip install"),
+        "install what the message names, on every node",
+    ),
+    (("bucket does not exist", "NoSuchBucket", "bucket not found"), "make the bucket, or correct its name in the URL"),
+    (
+        ("SignatureDoesNotMatch", "signature we calculated", "InvalidAccessKeyId", "access key", "Access Key"),
+        "the credentials are wrong: correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the profile in ~/.aws",
+    ),
+    (
+        ("Unable to locate credentials", "NoCredentials", "Anonymous"),
+        "there are no credentials here: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine a role",
+    ),
+    (
+        ("Forbidden", "Access Denied", "AccessDenied", "check the credentials", "403"),
+        "the credentials may not do this there: correct them, or let them read, write, list and delete below the URL",
+    ),
+    (
+        (
+            "Could not connect",
+            "Cannot connect",
+            "Connect timeout",
+            "timed out",
+            "Name or service not known",
+            "(waited ",
+        ),
+        "nothing answers there: is the server up, AWS_ENDPOINT_URL right, and the network open from this machine?",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +110,7 @@ def store_findings(url: str) -> list[Finding]:
         listed = token.rpartition("/")[2] in files.list(paths.HANDSHAKE)
         files.delete(token)
     except StoreError as error:
-        advice = "check the URL, the network and the credentials of this machine"
+        advice = store_advice(url, error)
         return [Finding(what="store", where=platform.node(), state="wrong", found=str(error), advice=advice)]
     name = files.name
     if not listed:
@@ -83,6 +122,18 @@ def store_findings(url: str) -> list[Finding]:
     found = f"{name}: written, read and listed, but several writers can create the same file"
     advice = "start no two drivers of one study at the same instant, or update the store (it keeps to no If-None-Match)"
     return [Finding(what="store", where=platform.node(), state="doubtful", found=found, advice=advice)]
+
+
+def store_advice(url: str, error: Exception) -> str:
+    """What to do about a store that cannot be opened, written, read or listed from here."""
+    try:
+        found = read_url(url)
+    except StoreError:
+        return "correct the URL: the message says how"
+    if found.kind == "folder":
+        return _folder_advice(Path(found.place).expanduser().absolute(), str(error))
+    said = next((advice for words, advice in _ADVICE if any(word in str(error) for word in words)), "")
+    return said or "check the URL, the network and the credentials of this machine"
 
 
 def look(store_url: str = "", nonce: str = "") -> dict[str, Any]:
@@ -141,6 +192,32 @@ def node_findings(nodes: Sequence[Mapping[str, Any]], mine: Mapping[str, Any]) -
         advice = "start a worker: ray start --address HEAD:6379, or let the autoscaler do it"
         found.append(Finding(what="nodes", where="cluster", state="doubtful", found="only the head", advice=advice))
     return found
+
+
+def _folder_advice(folder: Path, error: str) -> str:
+    kernels = next(
+        (top for top in _OF_THE_KERNEL if folder.is_relative_to(top) and not folder.is_relative_to("/dev/shm")), ""
+    )
+    if kernels:
+        return f"{kernels} is the kernel's and holds no files of others: give a folder on a disk"
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        what = "a link that leads nowhere" if there.is_symlink() and not there.exists() else "no folder"
+        return f"{there} is {what}: give another path, or move it away"
+    if "No space left" in error or "quota" in error.lower():
+        return f"free some room on the disk that holds {there}"
+    if "Read-only file system" in error:
+        return f"{there} is mounted for reading only: give another folder, or mount it for writing"
+    if "Permission denied" in error or not os.access(there, os.W_OK | os.X_OK):
+        return f"the user {_user()} may not write to {there}: have its owner allow it, or give another folder"
+    return f"look at {there} on this machine: whether it is mounted, whether its disk is well, who may write to it"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return str(os.getuid())
 
 
 def _alone(seen: Mapping[str, Any]) -> list[Finding]:
@@ -307,8 +384,14 @@ def _note() -> str:
 
 
 def main() -> int:
-    """What the doctor's job prints: every finding, as one JSON document. ADDRESS [STORE] are the arguments."""
+    """The doctor's job: have `report` print what it finds, working in a copy of what was shipped."""
+    with own_copy() as place:
+        command = [sys.executable, "-c", _LOOK, *sys.argv[1:]]
+        return subprocess.run(command, cwd=place.folder, env=place.environment, check=False).returncode
+
+
+def report() -> None:
+    """Print every finding as one JSON document. ADDRESS [STORE] are the arguments."""
     address, *store = sys.argv[1:]
     rows = [finding.as_row() for finding in examine(store[0] if store else None, address)]
     print(json.dumps(rows, indent=2))
-    return 0

@@ -1,12 +1,13 @@
 """What a cluster's job runs: a study's driver, started again when it dies.
 
 `python -m orchestrator.jobs.entrypoint STUDY --store URL …` takes what `orchardist run` takes. A driver that ends by
-itself ends the job with its exit code; one that was killed, or that fell over a bug, goes on from the store in a new
-process.
+itself ends the job with its exit code; one that was killed, that fell over a bug, or whose store failed while it
+worked, goes on from the store in a new process. What was shipped is copied first: see `pools.shipped`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import signal
@@ -17,8 +18,10 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from orchestrator.errors import StoreError
-from orchestrator.store.store import Store
+from orchestrator.errors import OrchardistError, StoreError, StoreFailed
+from orchestrator.joblog import DOINGS
+from orchestrator.pools.shipped import Place, own_copy
+from orchestrator.store.files import Files
 
 MOST_STARTS = 10
 """A driver that dies is started so often in a row."""
@@ -29,31 +32,86 @@ LONG_SECONDS = 3600.0
 FIRST_PAUSE_SECONDS = 2.0
 LONGEST_PAUSE_SECONDS = 120.0
 
+AWAY_SECONDS = 300.0
+"""A store that does not answer when the job begins is tried so long: a study may be resumed while it is away."""
+
 CRASHED = 70
 """The exit code of a driver that raised what no part of Orchardist raises on purpose."""
+
+STORE_FAILED = 75
+"""That of one whose store failed while it worked."""
 
 STARTED = "the store answers; the study is driven from"
 """Said once in the job's log before the driver starts."""
 
+BEGUN = "the study has begun"
+"""Said there by each driver when the study is in the store and its work begins."""
+
 INTERRUPTED = 130
+_AGAIN = {CRASHED: "crashed", STORE_FAILED: "lost its store"}
 _GRACE_SECONDS = 2.0
 _DRIVE = "from orchestrator.jobs.entrypoint import drive; drive()"
 
 
 def main() -> int:
     """Run the study that the command line names; returns the exit code."""
-    arguments = sys.argv[1:]
+    try:
+        with own_copy() as place:
+            return _run(place, sys.argv[1:])
+    except OrchardistError as error:
+        _say(str(error))
+        return 1
+
+
+def _run(place: Place, arguments: Sequence[str]) -> int:
+    driver = _Driver(place, arguments)
+    signal.signal(signal.SIGTERM, driver.stop)
+    signal.signal(signal.SIGINT, driver.stop)
+    files: Files | None = None
     if "--store" in arguments[:-1]:
         try:
-            Store(arguments[arguments.index("--store") + 1]).files.probe()
+            files = Files(arguments[arguments.index("--store") + 1])
+            reach(files.probe, sleep=driver.pause, told=_say)
         except StoreError as error:
             _say(str(error))
             return 2
     _say(f"{STARTED} {platform.node()}")
-    driver = _Driver(arguments)
-    signal.signal(signal.SIGTERM, driver.stop)
-    signal.signal(signal.SIGINT, driver.stop)
-    return restarted(driver.run, sleep=driver.pause, told=_say)
+
+    def run() -> int | None:
+        if files is not None and driver.started:
+            try:
+                files.probe()  # for as long as stores are waited for that have answered before
+            except StoreError as error:
+                _say(str(error))
+                return STORE_FAILED
+        return driver.run()
+
+    return restarted(run, sleep=driver.pause, told=_say)
+
+
+def reach(
+    probe: Callable[[], None],
+    *,
+    sleep: Callable[[float], None],
+    clock: Callable[[], float] = time.monotonic,
+    told: Callable[[str], None],
+) -> None:
+    """Call `probe` until the store answers, for five minutes.
+
+    Raises:
+        StoreError: it does not, or it is wrong in a way that waiting does not mend.
+    """
+    end, pause = clock() + AWAY_SECONDS, FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            probe()
+            return
+        except StoreError as error:
+            if "(waited " not in str(error) or clock() + pause >= end:  # so says one that may have come back
+                raise
+            told(f"{error}; tried again in {pause:.0f} s")
+        sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def restarted(
@@ -80,9 +138,9 @@ def restarted(
         code = run()
         if code is None:
             return INTERRUPTED
-        if code >= 0 and code != CRASHED:
+        if code >= 0 and code not in _AGAIN:
             return code
-        how = "crashed" if code == CRASHED else f"was killed by signal {-code}"
+        how = _AGAIN.get(code, f"was killed by signal {-code}")
         if clock() - began >= LONG_SECONDS:
             start, pause = 1, FIRST_PAUSE_SECONDS
         if start == most:
@@ -102,9 +160,15 @@ def drive() -> None:
     from orchestrator.cli import main
 
     threading.Thread(target=_stop_at_the_end_of, args=[sys.stdin.fileno()], daemon=True).start()
+    DOINGS.addHandler(_Begun())
+    DOINGS.setLevel(logging.INFO)
     sys.argv[:1] = ["orchardist", "run"]
     try:
         main()
+    except SystemExit as end:
+        if isinstance(end.__context__, StoreFailed):  # of which the command line makes a 1
+            sys.exit(STORE_FAILED)
+        raise
     except Exception:
         traceback.print_exc()
         sys.exit(CRASHED)
@@ -115,12 +179,24 @@ def _stop_at_the_end_of(pipe: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+class _Begun(logging.Handler):
+    """Says that the study has begun, once it has."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "said", {}).get("event") == "started":
+            _say(BEGUN)
+            DOINGS.removeHandler(self)
+            DOINGS.setLevel(logging.NOTSET)
+
+
 class _Driver:
     """The driver's process. A signal to stop goes to the whole group: it is passed on to a driver that got none."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, place: Place, arguments: Sequence[str]) -> None:
         self._command = [sys.executable, "-c", _DRIVE, *arguments]
+        self._place = place
         self._stopped = False
+        self.started = False
 
     def stop(self, *_: object) -> None:
         """No driver is started any more."""
@@ -136,7 +212,10 @@ class _Driver:
         """Start a driver and wait for its end."""
         if self._stopped:
             return None
-        process = subprocess.Popen(self._command, stdin=subprocess.PIPE)
+        self.started = True
+        process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, cwd=self._place.folder, env=self._place.environment
+        )
         passed_on = False
         while True:
             try:

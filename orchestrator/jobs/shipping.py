@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ LARGEST = 500_000_000
 """Bytes that Ray keeps in its head for a job, a little less."""
 
 _NOT_CODE = ("__pycache__",)
+_MAY_BE_SECRET = re.compile(
+    r".*\.(pem|key|p12|pfx|jks|keystore|ppk|kdbx|gpg|asc|env)|id_(rsa|dsa|ecdsa|ed25519).*|_?netrc|\.?htpasswd"
+    r"|(.*[-_.])?(credentials?|secrets?|passwords?|kubeconfig|auth_?token|service[-_]account)([-_.].*)?",
+    re.IGNORECASE,
+)
+"""Names under which credentials are usually kept."""
 _LARGEST_SHOWN = 3
 
 
@@ -38,6 +45,9 @@ class Shipment:
     """The user's files: their content, or where they lie."""
     left: tuple[str, ...]
     """Files that the study names by an absolute path: every node must have them there."""
+    withheld: tuple[str, ...] = ()
+    """Files of an included folder that go by a name of credentials, relative to the study's: sent only if they are
+    named themselves."""
 
     @property
     def digest(self) -> str:
@@ -70,7 +80,8 @@ def shipment(study: Path, include: Sequence[Path] = ()) -> Shipment:
 
     That is the study file, the task files and the local modules that they import, the files of the user's own
     criteria, checkpoints and tickets, and whatever `include` names below the study's folder. Hidden files, such as
-    `.env`, are never among them.
+    `.env`, are never among them, under whatever name a link gives them; files of an included folder that look by their
+    names like credentials, such as `id_rsa` or `credentials.json`, only where they are included by their own names.
 
     Raises:
         InputError: the study or a file of it is wrong, or cannot travel.
@@ -94,6 +105,7 @@ def shipment(study: Path, include: Sequence[Path] = ()) -> Shipment:
         house=house(),
         yours={_below(anchor, path): content for path, content in sorted(found.yours.items())},
         left=tuple(dict.fromkeys(found.left)),
+        withheld=tuple(sorted(found.withheld - {path.relative_to(root).as_posix() for path in found.named})),
     )
     _refuse_too_much(shipped)
     return shipped
@@ -115,6 +127,9 @@ class _Found:
         self.root = root
         self.yours: dict[Path, bytes | Path] = {}
         self.left: list[str] = []
+        self.named: set[Path] = set()
+        """Files that the user included by their own names."""
+        self.withheld: set[str] = set()
 
     def add_source(self, target: str, name: str, collected: Any) -> None:
         """The files of a task or a function; those of a package go where the study looks first, below its folder."""
@@ -152,8 +167,15 @@ class _Found:
             raise InputError(f"{where}: legal: files and folders below the study's, {self.root}")
         if any(part.startswith(".") for part in real.relative_to(self.root).parts):
             raise InputError(f"{where}: hidden files are not shipped, for they may hold credentials")
-        for file in _visible(real) if real.is_dir() else [real]:
-            self.yours.setdefault(file, file)
+        if not real.is_dir():
+            self.named.add(real)
+            self.yours.setdefault(real, real)
+            return
+        for file in _visible(real):
+            if any(map(_MAY_BE_SECRET.fullmatch, (file.name, file.resolve().name))):
+                self.withheld.add(file.relative_to(self.root).as_posix())
+            else:
+                self.yours.setdefault(file, file)
 
 
 def _below(anchor: Path, path: Path) -> str:
@@ -166,7 +188,10 @@ def _visible(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in _NOT_CODE)
         for name in sorted(names):
             path = Path(top) / name
-            if not name.startswith(".") and path.is_file() and path.resolve().is_relative_to(folder):
+            if name.startswith(".") or not path.is_file():
+                continue
+            real = path.resolve()
+            if real.is_relative_to(folder) and not any(part.startswith(".") for part in real.relative_to(folder).parts):
                 yield path
 
 

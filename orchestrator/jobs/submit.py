@@ -21,16 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import InputError, OrchardistError
-from orchestrator.jobs.entrypoint import STARTED
+from orchestrator.jobs.entrypoint import BEGUN
 from orchestrator.pools.connection import CONNECT_SECONDS, disconnect, refuse_silence
 from orchestrator.pools.connection import connect as join
+from orchestrator.pools.shipped import AGAIN
+from orchestrator.store.address import address as read_url
 from orchestrator.store.address import without_credentials
 
 if TYPE_CHECKING:
     from orchestrator.jobs.shipping import Shipment
 
-START_SECONDS = 90.0
-"""How long `submit` waits for the driver to say that it has started."""
+BEGIN_SECONDS = 30.0
+"""How long `submit` waits for the driver to say that the study has begun."""
 
 NODES_SECONDS = 60.0
 """How long a node may take to answer the doctor."""
@@ -45,6 +47,7 @@ _HTTP = re.compile(r"https?://[^/\s@]+(/\S*)?")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _LIVES_HERE = ("memory",)
 _ON_A_DISK = ("file", "local")
+_SAME = {"s3a": "s3", "gcs": "gs"}
 _DIGEST = "orchardist-study"
 _CHATTY = (
     "ray.dashboard.modules.job.sdk",
@@ -53,6 +56,8 @@ _CHATTY = (
 )
 _ANOTHER_HERE = ("study", "address")
 """What `run` calls by the same name, and what a job knows by itself: the study that was sent, the cluster it is on."""
+_SECOND = ("legal: ", "see ", "what is finished is kept", "  ")
+"""How the second line of a message begins."""
 _TOKEN_HELP = "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that holds the cluster's token"
 
 
@@ -174,7 +179,7 @@ def run_job(client: Any, shipped: Shipment, *, job: str, command: str, metadata:
         )
 
 
-def submit(client: Any, shipped: Shipment, *, name: str, store: str, command: str) -> Submitted:
+def submit(client: Any, shipped: Shipment, *, name: str, store: str, command: str, again: str = "") -> Submitted:
     """Start the study's job, or find the one that runs.
 
     A job's id is made of the study's name, its store, and a number, one higher each time: Ray takes no id twice.
@@ -185,13 +190,15 @@ def submit(client: Any, shipped: Shipment, *, name: str, store: str, command: st
         name: the study's.
         store: its URL.
         command: from `entrypoint`.
+        again: the user's own command, which a driver that is stopped names to go on with.
     """
-    base = f"{name}-{sha256(store.rstrip('/').encode()).hexdigest()[:8]}"
+    base = f"{name}-{sha256(_canonical(store).encode()).hexdigest()[:8]}"
+    metadata = {_DIGEST: shipped.digest, **({AGAIN: without_credentials(again)} if again else {})}
     number, live = _latest(client, base)
     if live is None:
         job = f"{base}-{number + 1}"
         try:
-            run_job(client, shipped, job=job, command=command, metadata={_DIGEST: shipped.digest})
+            run_job(client, shipped, job=job, command=command, metadata=metadata)
             return Submitted(id=job, joined=False)
         except OrchardistError:
             # Somebody may have submitted the same study at the same instant.
@@ -203,34 +210,50 @@ def submit(client: Any, shipped: Shipment, *, name: str, store: str, command: st
     return Submitted(id=live.submission_id, joined=True, differs=tuple(differs))
 
 
-def wait_until_started(
+def wait_until_begun(
     client: Any,
     job: str,
     *,
-    seconds: float = START_SECONDS,
+    seconds: float = BEGIN_SECONDS,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
-    """Wait until the job's driver has reached its store. False where that takes more than `seconds`.
+    """Wait until the study has begun. False where that takes more than `seconds`, as it does without a free worker.
 
     Raises:
-        InputError: the job ended because its input is wrong, such as a store that cannot be reached from the cluster.
+        InputError: the job ended because its input is wrong, such as data that are not there or an unknown bucket.
         OrchardistError: it ended otherwise.
     """
     end = clock() + seconds
     with _blamed(client.get_address()):
         while True:
-            if STARTED in client.get_job_logs(job):
-                return True
-            if str(client.get_job_status(job)) not in _LIVE:
+            status = str(client.get_job_status(job))
+            if status not in (*_LIVE, "SUCCEEDED"):
                 raise _why(client, job)
+            if status == "SUCCEEDED" or BEGUN in client.get_job_logs(job):
+                return True
             if clock() >= end:
                 return False
             sleep(_POLL_SECONDS)
 
 
-def follow(client: Any, job: str, show: Callable[[str], None], *, sleep: Callable[[float], None] = time.sleep) -> int:
-    """Show what the job writes until it ends, across lost connections. Returns the exit code of `orchardist run`."""
+def follow(
+    client: Any,
+    job: str,
+    show: Callable[[str], None],
+    told: Callable[[str], None],
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """Show what the job writes until it ends, across lost connections. Returns the exit code of `orchardist run`.
+
+    Args:
+        client: from `connect`.
+        job: its id.
+        show: takes the log, piece by piece.
+        told: takes a line that says why it ended otherwise than well.
+        sleep: waits so many seconds.
+    """
     shown = lost = 0
     while True:
         shown, whole = asyncio.run(_tail(client, job, shown, show))
@@ -250,10 +273,10 @@ def follow(client: Any, job: str, show: Callable[[str], None], *, sleep: Callabl
     if str(info.status) == "SUCCEEDED":
         return 0
     if str(info.status) == "STOPPED":
-        show(f"the job {job} was stopped; nothing finished is lost, and submitting it again goes on\n")
+        told(f"the job {job} was stopped; nothing finished is lost, and submitting it again goes on")
         return 1
-    if not info.driver_exit_code:
-        show(f"{_one_line(info.message or 'the job failed')}\n")
+    with _blamed(client.get_address()):
+        told(str(_why(client, job)))
     return info.driver_exit_code if info.driver_exit_code in (1, 2, 130) else 1
 
 
@@ -355,7 +378,8 @@ def _why(client: Any, job: str) -> OrchardistError:
     lines = [line for line in client.get_job_logs(job).splitlines() if line.strip()]
     if info.driver_exit_code is None or not lines:
         return OrchardistError(f"the job {job} could not be started: {_one_line(info.message or 'no reason given')}")
-    last = without_credentials(lines[-1].strip())
+    tail = next((n for n in (1, 2) if not lines[-n:][0].startswith(_SECOND)), 1)
+    last = without_credentials(" ".join(line.strip() for line in lines[-tail:]))
     if info.driver_exit_code == 2:
         return InputError(f"on the cluster: {last}")
     return OrchardistError(f"the job {job} ended with exit code {info.driver_exit_code}: {last}")
@@ -383,15 +407,33 @@ def _version(address: str, headers: Mapping[str, str]) -> str | None:
 def _token() -> str:
     """The token that Ray itself would take; empty for none."""
     if os.environ.get("RAY_AUTH_TOKEN"):
-        return os.environ["RAY_AUTH_TOKEN"].strip()
+        return _sent_in_a_header("RAY_AUTH_TOKEN", os.environ["RAY_AUTH_TOKEN"])
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+    where = f"RAY_AUTH_TOKEN_PATH: {path}" if named else str(path)
     try:
-        return path.read_text().strip()
+        return _sent_in_a_header(where, path.read_text(errors="surrogateescape"))
     except OSError as error:
         if named:
             raise InputError(f"RAY_AUTH_TOKEN_PATH: cannot read {path}: {error.strerror}") from error
         return ""
+
+
+def _sent_in_a_header(where: str, text: str) -> str:
+    """The token, without what stands around it."""
+    token = text.strip()
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise InputError(f"{where}: a token is one line of plain ASCII without blanks; this one holds something else")
+    return token
+
+
+def _canonical(store: str) -> str:
+    """One spelling of a store's URL for all that mean the same place."""
+    found = read_url(store)
+    if found.kind == "folder":
+        return os.path.normpath(f"/{found.place.lstrip('/')}")  # it is absolute: `refuse_store`
+    scheme, colon, place = found.place.partition("://")
+    return f"{_SAME.get(scheme, scheme)}{colon}{place.rstrip('/')}"
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import OrchardistError, WorkersUnusable
 from orchestrator.graph import Segment
+from orchestrator.interrupts import STOPS
 from orchestrator.pools.cache import cache_bytes, machine
 from orchestrator.pools.protocol import Began, Event, Job
 
@@ -55,6 +56,7 @@ class Actor:
 
     def prepare(self, job: Job) -> tuple[str, Any, tuple[str, str]]:
         """("ready", TaskInfo), or the name of an error and its message; and where this is: node and GPU."""
+        from orchestrator.pools.failure import message_of, readable
         from orchestrator.pools.worker import Worker, shake_hands
 
         try:
@@ -69,7 +71,9 @@ class Actor:
             self._begin_watch()
             return "ready", self.worker.info, _place()
         except OrchardistError as error:
-            return type(error).__name__, str(error), _place()
+            return type(error).__name__, readable(str(error)), _place()
+        except BaseException as error:  # no process that starts as this one did comes further
+            return "WorkersUnusable", f"a worker on {platform.node()} cannot start: {message_of(error)}", _place()
 
     def run(self, segments: Sequence[Segment]) -> Iterator[list[Event | Began]]:
         """Run segments one after another. Reports of stages without training are gathered until the last one, or until
@@ -89,8 +93,9 @@ class Actor:
         if self.drained:  # which the worker of an earlier study was told
             self._leave()
         if self.watch is None:
-            # Ray raises SystemExit for it, wherever the user's code is: that would be a failure of the trial.
-            signal.signal(signal.SIGTERM, self._leave)
+            # What is raised for a signal, wherever the user's code is, would be a failure of the trial.
+            for number in STOPS:
+                signal.signal(number, self._leave)
             self.watch = threading.Thread(target=self._watch_node, args=[_place()[0]], name="notice", daemon=True)
             self.watch.start()
 

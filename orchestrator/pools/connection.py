@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from orchestrator.errors import InputError
+from orchestrator.interrupts import held
 from orchestrator.pools.share import Share
+from orchestrator.pools.shipped import for_workers
 
 CONNECT_SECONDS = 10.0
 
@@ -22,15 +21,15 @@ LOG_BYTES = 64 << 20
 
 
 def connect(ray: Any, workers: int | None, address: str | None) -> None:
-    """Start Ray inside this process, or join the cluster at `address`. One Ctrl-C waits until that is done, and is then
-    raised: nobody could find and end the processes of a Ray that is half started.
+    """Start Ray inside this process, or join the cluster at `address`. Signals wait until that is done: nobody could
+    find and end the processes of a Ray that is half started.
 
     Raises:
         InputError: there is no cluster, or it does not let us in.
     """
     # A uv environment would be shipped to the workers, which run in this very environment.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    with _own_signals():
+    with held(), _sigterm_stays_ours(ray):
         if address is None:
             _start(ray, workers)
         else:
@@ -39,11 +38,12 @@ def connect(ray: Any, workers: int | None, address: str | None) -> None:
 
 def disconnect(ray: Any) -> None:
     """End what `connect` began, also where it was interrupted."""
-    # Ray's own monitor lets a shutdown wait for more than a second: end it first, where this Ray shows it to us.
-    node = getattr(ray._private.worker, "_global_node", None)
-    for info in getattr(node, "all_processes", {}).get("monitor", []):
-        info.process.kill()
-    ray.shutdown()
+    with held():
+        # Ray's own monitor lets a shutdown wait for more than a second: end it first, where this Ray shows it to us.
+        node = getattr(ray._private.worker, "_global_node", None)
+        for info in getattr(node, "all_processes", {}).get("monitor", []):
+            info.process.kill()
+        ray.shutdown()
 
 
 def refuse_silence(address: str) -> None:
@@ -76,7 +76,7 @@ def _join(ray: Any, address: str) -> None:
     where = f"{mode}RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file that holds the cluster's token"
     try:
         _ask(ray, address)
-        ray.init(address=address, **_QUIET)
+        ray.init(address=address, **for_workers(), **_QUIET)
     except ray.exceptions.AuthenticationError as error:
         raise InputError(f"the Ray cluster at {address!r} does not let us in: set {where}") from error
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RpcError) as error:
@@ -111,24 +111,11 @@ def _start(ray: Any, workers: int | None) -> None:
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Within the block the first Ctrl-C waits, and Ray takes over SIGTERM; afterwards both mean what they meant."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    term = signal.getsignal(signal.SIGTERM)
-    asked: list[int] = []
-
-    def later(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            raise KeyboardInterrupt
-
-    interrupt = signal.signal(signal.SIGINT, later)
+def _sigterm_stays_ours(ray: Any) -> Iterator[None]:
+    """Ray would end this process at SIGTERM, in the middle of whatever it does."""
+    theirs = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, term)
-        if len(asked) == 1:
-            signal.raise_signal(signal.SIGINT)
+        ray._private.utils.set_sigterm_handler = theirs

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.graph import Segment
+from orchestrator.interrupts import noticed
 from orchestrator.pools.protocol import Began, Ended, Event, Job
 from orchestrator.tasks.info import TaskInfo
 
@@ -39,6 +40,8 @@ class LocalPool:
         self._worker: Worker | None = None
         self._waiting: deque[Segment] = deque()
         self._running: Iterator[Event | Began] | None = None
+        self._interrupts: list[int] = []
+        """Ctrl-C that the user's code may have caught."""
 
     @property
     def free(self) -> int:
@@ -55,8 +58,9 @@ class LocalPool:
             )
         shake_hands(job, "local")
         self._running = None  # what an interrupted study left
+        self._interrupts.clear()
         self._waiting.clear()
-        self._worker = Worker(job, cache=self._cache, clock=self._clock)
+        self._worker = Worker(job, cache=self._cache, clock=self._clock, interrupted=lambda: bool(self._interrupts))
         return self._worker.info
 
     def submit(self, segment: Segment) -> None:
@@ -64,16 +68,26 @@ class LocalPool:
         self._waiting.append(segment)
 
     def completed(self, timeout_seconds: float) -> Sequence[Event]:
-        """Run on until something is to be reported; with nothing to run, returns at once."""
+        """Run on until something is to be reported; with nothing to run, returns at once.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed, now or in the last call; never one that the user's code raises.
+        """
         del timeout_seconds  # there is nobody to wait for
         assert self._worker is not None, "prepare() comes first"
+        if self._interrupts:
+            self._interrupts.clear()
+            raise KeyboardInterrupt
         if self._running is None:
             if not self._waiting:
                 return []
             self._running = self._worker.run(self._waiting.popleft())
-        event = next(self._running)
-        while isinstance(event, Began):
-            event = next(self._running)
+        try:
+            with noticed(self._interrupts):
+                event = next(event for event in self._running if not isinstance(event, Began))
+        except KeyboardInterrupt:
+            self._interrupts.clear()
+            raise
         if isinstance(event, Ended):
             self._running = None
         return [event]

@@ -98,6 +98,8 @@ class Failed:
     traceback: str = ""
     worker: str = ""
     """HOST:PID of the process that says so; empty where none is left to."""
+    bystanders: int = 0
+    """How many workers the pool has lost so far that were at no stage: no stage is to blame for those."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,7 @@ class Pool(Protocol):
         Raises:
             TaskError: the task is wrong.
             WorkersUnusable: a worker sees another store, or runs other code.
+            WorkersDied: for a long time none came that lived until it was ready.
         """
         ...
 

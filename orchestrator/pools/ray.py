@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.graph import Segment
+from orchestrator.interrupts import held
 from orchestrator.metrics import METRICS
-from orchestrator.pools.connection import CONNECT_SECONDS as CONNECT_SECONDS
-from orchestrator.pools.connection import connect, disconnect, refuse_no_room
-from orchestrator.pools.connection import refuse_silence as refuse_silence
+from orchestrator.pools.connection import connect, disconnect, refuse_no_room, refuse_silence
 from orchestrator.pools.protocol import Began, Ended, Event, Failed, Job, Reported
 from orchestrator.pools.share import Share
 from orchestrator.pools.slots import Slot
@@ -110,12 +109,13 @@ class RayPool:
         staff = self._staff
         staff.engage(job)
         first_at = math.inf
-        while any(slot.coming is not None for slot in staff.slots) and time.monotonic() < first_at + LATE_SECONDS:
+        while staff.info is None or (
+            any(slot.coming is not None for slot in staff.slots) and time.monotonic() < first_at + LATE_SECONDS
+        ):
             self._await(1.0)
             staff.adjust(self._queue, at_least=1)
             if staff.info is not None:
                 first_at = min(first_at, time.monotonic())
-        assert staff.info is not None
         return staff.info
 
     def submit(self, segment: Segment) -> None:
@@ -145,12 +145,13 @@ class RayPool:
 
     def close(self) -> None:
         """End this pool's actors, those that were only asked for too, and Ray if this pool started it."""
-        try:
-            for slot in list(self._staff.slots):
-                self._staff.drop(slot)
-        finally:
-            if self._started:
-                disconnect(self._ray)
+        with held():
+            try:
+                for slot in list(self._staff.slots):
+                    self._staff.drop(slot)
+            finally:
+                if self._started:
+                    disconnect(self._ray)
 
     def _await(self, timeout_seconds: float) -> None:
         """Wait for news of any worker, then take in all that there is. News counts once it has arrived here: nothing
@@ -158,6 +159,7 @@ class RayPool:
         news = [(slot.stream if slot.coming is None else slot.coming, slot) for slot in self._staff.slots]
         awaited = {about: slot for about, slot in news if about is not None}
         if not awaited:
+            time.sleep(min(timeout_seconds, self._staff.pause))
             return
         ready, _ = self._ray.wait(list(awaited), num_returns=1, timeout=timeout_seconds)
         more, _ = self._ray.wait(list(awaited), num_returns=len(awaited), timeout=0)
@@ -205,6 +207,7 @@ class RayPool:
             elif isinstance(event, Reported):
                 slot.running[0] = slot.running[0].after(event.key)
                 self._suspects.discard(event.key)
+                self._staff.thrives()
                 slot.hold(event.key)
             elif event.kind == "preempted":  # it knows of its node what this process has yet to see
                 slot.leaving = True
@@ -232,7 +235,10 @@ class RayPool:
         under_way = [segment for segment in slot.running if segment.steps]  # nothing is left of one that was all told
         if under_way:
             kind = "preempted" if blameless else "worker died"
-            self._said.append(Failed(segment=under_way[0].number, key=_next(under_way[0]), kind=kind, message=said))
+            key, bystanders = _next(under_way[0]), self._staff.bystanders
+            self._said.append(
+                Failed(segment=under_way[0].number, key=key, kind=kind, message=said, bystanders=bystanders)
+            )
         if len(under_way) > 1 and not blameless:
             self._suspects.update(map(_next, under_way))
         self._staff.lose()

@@ -1,7 +1,7 @@
 """What becomes of a stage that came back undone through no fault of its own: tried again, or failed. In one place.
 
 preempted           again, uncounted: the machine was taken away
-worker died         again, counted, up to `MOST_TRIES` without getting further
+worker died         again, counted, up to `MOST_TRIES` without getting further; more where workers at nothing die, too
 out of GPU memory   again on twice the share of a GPU, up to a whole one; stages like it begin with that share
 """
 
@@ -16,6 +16,10 @@ from orchestrator.pools.protocol import Failed
 
 MOST_TRIES = 5
 """How often a stage may lose its worker before it counts as failed; a checkpoint in between starts the count anew."""
+
+TRIES_FOR_A_BYSTANDER, MOST_TRIES_EVER = 3, 100
+"""So many more tries for each worker that died meanwhile and was at no stage: somebody kills them, and it is hardly the
+stage. And never more than that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +45,18 @@ class Retries:
     def __init__(self, gpus: float, learnt: Mapping[str, float] | None = None) -> None:
         self._gpus = gpus
         self._learnt = {like: share for like, share in (learnt or {}).items() if gpus and share > gpus}
-        self._tries: dict[str, tuple[int, int]] = {}
+        self._tries: dict[str, tuple[int, int, int]] = {}
+        """By stage: tries without getting further, how far it was, and how many bystanders had died at the first."""
 
     def gpus(self, segment: Segment) -> float:
         """The share that a segment is to be run on; 0 where a worker's own will do."""
         if not self._learnt:
             return 0.0
         return max(self._learnt.get(like(step), 0.0) for step in segment.steps)
+
+    def interrupted(self, key: str) -> bool:
+        """Whether a worker has died over a stage."""
+        return key in self._tries
 
     def judge(self, segment: Segment, failed: Failed, position: int = 0) -> Verdict:
         """Whether a segment that came back with `failed` is run again.
@@ -63,12 +72,12 @@ class Retries:
         if failed.kind == "out of GPU memory":
             return self._larger(segment, failed, reason)
         assert failed.kind == "worker died", failed.kind
-        tries, before = self._tries.get(failed.key, (0, 0))
-        tries = 1 if position > before else tries + 1
-        self._tries[failed.key] = tries, max(before, position)
-        if tries < MOST_TRIES:
+        tries, before, since = self._tries.get(failed.key, (0, 0, failed.bystanders))
+        tries, since = (1, failed.bystanders) if position > before else (tries + 1, since)
+        self._tries[failed.key] = tries, max(before, position), since
+        if tries < min(MOST_TRIES + TRIES_FOR_A_BYSTANDER * (failed.bystanders - since), MOST_TRIES_EVER):
             return Verdict(again=True, reason=reason, tries=tries)
-        why = f"worker died: {MOST_TRIES} workers died over this stage (out of memory, or a crash in native code)"
+        why = f"worker died: {tries} workers died over this stage (out of memory, or a crash in native code)"
         return Verdict(again=False, reason=f"{why}; the last: {failed.message}", tries=tries)
 
     def _larger(self, segment: Segment, failed: Failed, reason: str) -> Verdict:

@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any
 
 from orchestrator import errors
-from orchestrator.errors import InputError, OrchardistError, WorkersUnusable
+from orchestrator.errors import InputError, OrchardistError, WorkersDied, WorkersUnusable
 from orchestrator.graph import Segment
 from orchestrator.pools.actor import Actor
 from orchestrator.pools.nodes import Nodes
@@ -26,8 +26,11 @@ _LOG = logging.getLogger("orchardist.pool")
 CHEAP_AT_ONCE = 32
 """Segments without training are sent to a worker this many at a time: their own time is about that of a call."""
 
-MOST_STILLBORN = 3
-"""So many workers in a row may die before they are ready."""
+IN_VAIN_SECONDS = 600.0
+"""For so long workers may die before they are ready, one after the other: somebody may be killing them, for a while."""
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.5, 15.0
+"""After workers that died before they were ready nobody is asked for; the pause doubles each time."""
 
 PATIENCE_SECONDS = 30.0
 """How often it is said that there are no workers."""
@@ -85,7 +88,12 @@ class Staff:
         self._job: Job | None = None
         self._sent: Any = None
         self.info: TaskInfo | None = None
-        self._stillborn = 0
+        self.bystanders = 0
+        """How many workers have died before they were ready."""
+        self._in_vain_since = math.inf
+        """When the first worker died before it was ready, since when none was ready and no stage was reported."""
+        self._pause = FIRST_PAUSE_SECONDS
+        self._paused_until = -math.inf
 
     @property
     def workers(self) -> int:
@@ -99,7 +107,8 @@ class Staff:
 
     def engage(self, job: Job) -> None:
         """Have every worker prepare for a job: those there are, and new ones as far as there is room."""
-        self._job, self.info, self._stillborn = job, None, 0
+        self._job, self.info = job, None
+        self.thrives()
         for slot in [slot for slot in self.slots if slot.running or slot.gpus > self.gpus]:
             self.drop(slot)  # what an earlier study left here when it was interrupted, or alone had needed
         self._sent = self._ray.put(job)  # once for all workers: it may hold a checkpoint
@@ -112,7 +121,8 @@ class Staff:
         """What a new worker answers, and whether its note came through, decides if it may work.
 
         Raises:
-            WorkersUnusable: several in a row died, or this one has another store, other code or other data.
+            WorkersUnusable: it cannot start here, or has another store, other code or other data.
+            WorkersDied: nothing but deaths for a long time.
             TaskError: the task is wrong.
         """
         assert self._job is not None
@@ -122,10 +132,10 @@ class Staff:
             self.drop(slot)
             if self._elastic:
                 self.look()
+            if getattr(error, "actor_init_failed", False):
+                raise WorkersUnusable(f"a worker cannot start: {last_words(error)}") from error
             if not self._is_of_its_node(error):
-                self._stillborn += 1
-                if self._stillborn >= MOST_STILLBORN or getattr(error, "actor_init_failed", False):
-                    raise WorkersUnusable(f"a worker died before it was ready: {last_words(error)}") from error
+                self._mourn(error)
             return
         if what != "ready":
             raise _error(what, answer)
@@ -137,10 +147,19 @@ class Staff:
         self.info = self.info or answer
         if answer.digests != self.info.digests:
             raise WorkersUnusable("the workers see different data for the same task; data_version can name them")
-        self._stillborn = 0
+        self.thrives()
         slot.coming, slot.idle_since = None, time.monotonic()
         slot.node, slot.gpu = place
         slot.leaving = slot.node in self.nodes.draining
+
+    @property
+    def pause(self) -> float:
+        """How many seconds nobody is asked for."""
+        return max(0.0, self._paused_until - time.monotonic())
+
+    def thrives(self) -> None:
+        """A worker is ready, or has done a stage."""
+        self._in_vain_since, self._pause = math.inf, FIRST_PAUSE_SECONDS
 
     def idle(self, queue: Sequence[Segment]) -> list[Slot]:
         """Workers that can be given the first segment of the queue."""
@@ -158,6 +177,8 @@ class Staff:
             if (slot.leaving or slot.node in self.nodes.gone) and not slot.running:
                 self.drop(slot)
         self._give_back(queue)
+        if now < self._paused_until:
+            return
         self._make_room(queue)
         staying = [slot for slot in self.slots if not slot.leaving]
         if self._elastic:
@@ -183,6 +204,21 @@ class Staff:
         """End a worker, or take back that it was asked for."""
         self.slots.remove(slot)
         self._ray.kill(slot.actor)
+
+    def _mourn(self, error: Exception) -> None:
+        """A worker died before it was ready, and did not say why: that may be its own fault, or somebody killed it."""
+        self.bystanders += 1
+        now = time.monotonic()
+        self._in_vain_since = min(self._in_vain_since, now)
+        if now > self._in_vain_since + IN_VAIN_SECONDS:
+            raise WorkersDied(
+                f"for {IN_VAIN_SECONDS / 60:g} minutes every worker has died before it was ready; the last: "
+                f"{last_words(error)}. What is finished is not lost: run the study again once that is put right"
+            ) from error
+        if now >= self._paused_until:  # several that die at once are one misfortune
+            _LOG.warning("a worker died before it was ready, another is asked for: %s", last_words(error))
+            self._paused_until = now + self._pause
+            self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
 
     def _is_of_its_node(self, error: Exception) -> bool:
         """Whether a worker that died before it was ready went with a node, as all do that were to start there."""

@@ -9,7 +9,6 @@ import os
 import platform
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,11 +19,12 @@ import torch
 
 from orchestrator import ops
 from orchestrator.code import code_digest
-from orchestrator.errors import NotFinite, StageFailed, StoreError, TimedOut, WorkersUnusable
+from orchestrator.errors import StoreError, TimedOut, WorkersUnusable
 from orchestrator.graph import Segment, Step
 from orchestrator.header import read_header, sealed
 from orchestrator.measures.measure import curve_point, measure
 from orchestrator.pools.cache import Recent, cache_bytes, machine
+from orchestrator.pools.failure import kind_of, message_of, traceback_of
 from orchestrator.pools.protocol import Began, Ended, Event, Failed, Job, Reported, note
 from orchestrator.pruning.criteria import CRITERIA
 from orchestrator.stages import Stages
@@ -38,6 +38,9 @@ from orchestrator.tickets.given import read_given, start_of
 from orchestrator.training.loop import Probe, Watch, arithmetic
 
 _LOG = logging.getLogger("orchardist.worker")
+
+SOON_SECONDS = 10.0
+"""A training that was interrupted before makes checkpoints at least so often, if it makes any."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Worker:
         cache: bytes of recent states that are held in memory, so that a child of one needs not read it back; by default
             what is usual for the only worker of this machine.
         clock: gives monotonic seconds.
+        interrupted: whether Ctrl-C was pressed, to tell it from a KeyboardInterrupt of the user's own code.
     """
 
     def __init__(
@@ -92,10 +96,12 @@ class Worker:
         device: str = "cpu",
         cache: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.job = job
         self.device = device
         self._clock = clock
+        self._interrupted = interrupted
         self._leaving = threading.Event()
         self._checkpointed: set[str] = set()  # keys of the segment at hand
         self.store = Store(job.store_url)
@@ -158,8 +164,17 @@ class Worker:
             except _Gone as gone:  # removed by another process: the driver has it made again
                 yield Failed(segment=segment.number, key=gone.key, kind="gone", message=f"the state {gone.key} is gone")
                 break
-            except (Exception, SystemExit) as error:  # the user's code may raise anything: it becomes a failed outcome
-                yield _failed(segment, step, error)
+            except BaseException as error:  # the user's code may raise anything: it becomes a failed outcome
+                if self._interrupted():
+                    raise KeyboardInterrupt from error
+                yield Failed(
+                    segment=segment.number,
+                    key=step.key,
+                    kind=kind_of(error),
+                    message=message_of(error),
+                    traceback=traceback_of(error),
+                    worker=_name(),
+                )
                 break
             yield Reported(
                 segment=segment.number,
@@ -217,6 +232,8 @@ class Worker:
         every, longest = 60 * self.job.checkpoint_minutes, self.job.timeout_seconds
         if not isinstance(step.op, ops.Train):
             return None
+        if step.begun:  # and interrupted: it may be again, and is to get further each time
+            every = min(every, SOON_SECONDS)  # 0 stays 0: never
         began = self._clock()
         due = began + (every or math.inf)
         last = Place(key=step.key, position=trained.checkpoint)
@@ -408,34 +425,6 @@ def _lineage(step: Step, parents: list[_Held], remarks: Mapping[str, Any]) -> tu
     said = {"remarks": remarks} if remarks else {}
     where = {"task": step.task} if step.task else {}
     return (*before, {"key": step.key, **ops.to_plain(step.op), "from": ancestors, **where, **said})
-
-
-_NO_GPU_MEMORY = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-"""How CUDA's libraries say so in errors of other kinds."""
-
-
-def _failed(segment: Segment, step: Step, error: BaseException) -> Failed:
-    if isinstance(error, NotFinite):
-        kind = "diverged"
-    elif isinstance(error, TimedOut):
-        kind = "timed out"
-    elif isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in _NO_GPU_MEMORY):
-        kind = "out of GPU memory"
-    elif isinstance(error, StoreError):
-        kind = "store"
-    elif isinstance(error, MemoryError) or "not enough memory" in str(error):
-        kind = "out of memory"
-    else:
-        kind = "raised"
-    message = str(error) if isinstance(error, StageFailed | StoreError) else f"{type(error).__name__}: {error}"
-    return Failed(
-        segment=segment.number,
-        key=step.key,
-        kind=kind,
-        message=message,
-        traceback=traceback.format_exc(),
-        worker=_name(),
-    )
 
 
 def _name() -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import quote, quote_plus, unquote
 
 from orchestrator.errors import StoreError
 
@@ -17,12 +18,21 @@ _FOLDERS = ("file", "local")
 _CACHES = ("simplecache", "filecache", "blockcache", "cached")
 _BUCKETS = ("s3", "s3a", "gs", "gcs")
 
-# A secret key may hold slashes. abfs://CONTAINER@ACCOUNT/ is no secret.
-_CREDENTIALS = re.compile(r"://[^\s@/\"',]*:[^\s@\"',]*@|(?<!abfs)(?<!abfss)(?<!wasb)(?<!wasbs)://[^\s/@\"',]*@")
-_SECRET = r"key|secret|token|sig|signature|passw(?:or)?d|credential|sas"
-_SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
-_SECRET_ARGUMENT = re.compile(rf"([?&;][^=&#\s]*(?:{_SECRET})[^=&#\s]*=)[^&;#\s]+", re.IGNORECASE)
-_PASSWORD = re.compile(r"://[^\s@/]*?:([^\s@]{4,})@")
+# A secret key may hold slashes and '@'. abfs://CONTAINER@ACCOUNT/ is no secret.
+_USER = r"(?<!abfs)(?<!abfss)(?<!wasb)(?<!wasbs)://[^\s/@\"',]*@"
+_CREDENTIALS = re.compile(rf"://[^\s@/\"',]*:[^\s\"',]*@|://[^\s@/:\"',]*:[^\s@/\"',]*%40|{_USER}", re.IGNORECASE)
+# Where the whole text is one URL, quotes and commas belong to it, too.
+_ONE_URL = re.compile(r"[A-Za-z0-9+.:-]+://\S+")
+_CREDENTIALS_OF_ONE = re.compile(r"://[^\s@/]*:\S*@")
+_SECRET = r"key|secret|token|sig|signature|passw(?:or)?d|passphrase|credential|sas"
+_SECRET_NAME = re.compile(rf"{_SECRET}|_pwd|_pass$|_dsn$", re.IGNORECASE)
+# As it stands in a URL, or quoted in the path of another one.
+_SECRET_ARGUMENT = re.compile(
+    rf"([?&;#][^=&#\s%]*?(?:{_SECRET}|pwd)[^=&#\s%]*=)[^&;#\s\"'<>]+"
+    rf"|((?:%3F|%26|%3B|%23)[^=&#\s%]*?(?:{_SECRET}|pwd)[^=&#\s%]*%3D)(?:(?!%26|%23)[^&;#\s\"'<>])+",
+    re.IGNORECASE,
+)
+_PASSWORD = re.compile(r"://[^\s@/:]*:(\S{4,})@")
 _SHORTEST_SECRET = 6
 
 
@@ -79,20 +89,40 @@ def address(url: str) -> Address:
 
 def without_credentials(url: str) -> str:
     """`user:password@`, and the values of arguments such as `?token=`, are left out of every URL in the text."""
-    return _SECRET_ARGUMENT.sub(r"\1***", _CREDENTIALS.sub("://", url))
+    if _ONE_URL.fullmatch(url):
+        url = _CREDENTIALS_OF_ONE.sub("://", url)
+    return _SECRET_ARGUMENT.sub(r"\1\2***", _CREDENTIALS.sub("://", url))
 
 
-def secrets_of(url: str, *options: Mapping[str, Any]) -> set[str]:
-    """What no message may hold: the URL's password, and the texts under names such as SECRET or token, at any depth."""
-    return {secret for table in options for secret in _secrets(table)} | set(_PASSWORD.findall(url))
+def without_secrets(text: str, *tables: Mapping[str, Any], url: str = "") -> str:
+    """A text that somebody else wrote, as it may be shown: without credentials in URLs, and without any secret of the
+    tables, such as the environment, and of a store's `url`, as they are and as they are quoted in URLs."""
+    for secret in sorted(secrets_of(url, *tables), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return without_credentials(text)
 
 
-def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in options.items():
+def secrets_of(url: str, *tables: Mapping[str, Any]) -> set[str]:
+    """What no message may hold: the URL's password, the texts under names such as SECRET or token, at any depth, and
+    the passwords of URLs under any name; each as it is, and as it is quoted in URLs."""
+    found = {*_passwords(url), *(secret for table in tables for secret in _secrets(table))}
+    quoted = {form for secret in found for form in (quote(secret), quote(secret, safe=""), quote_plus(secret))}
+    return found | quoted | {quote(form) for form in quoted} | {unquote(secret) for secret in found}
+
+
+def _secrets(table: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in table.items():
         if isinstance(value, Mapping):
             yield from _secrets(value)
-        elif isinstance(value, str) and len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(str(name)):
-            yield value
+        elif isinstance(value, str):
+            if len(value) >= _SHORTEST_SECRET and _SECRET_NAME.search(str(name)):
+                yield value
+            yield from _passwords(value)
+
+
+def _passwords(text: str) -> Iterator[str]:
+    for word in text.split():
+        yield from _PASSWORD.findall(word)
 
 
 def _folder(path: str, shown: str) -> str:
@@ -112,11 +142,15 @@ def _objects(links: list[str], schemes: list[str]) -> Address:
 def _refuse_bucket(link: str, scheme: str, shown: str) -> None:
     place = link.partition("://")[2]
     bucket = place.partition("/")[0]
-    if "@" in bucket or ("@" in place and ":" in bucket and not bucket.startswith("arn:")):
+    named = ":" in bucket and not bucket.startswith("arn:")  # as user:password is, its '@' quoted or behind a slash
+    if "@" in bucket or named or _SECRET_ARGUMENT.search(link):
+        legal = re.split("[?#]", without_credentials(link))[0]
+        if ":" in legal.partition("://")[2].partition("/")[0]:  # there is no telling where the secret ends
+            shown, legal = f"{scheme}://***", f"{scheme}://bucket/folder"
         how = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" if scheme.startswith("s3") else "its own place"
         raise StoreError(
             f"the store {shown}: a URL is seen in logs and in lists of processes, and is no place for credentials; "
-            f"legal: {without_credentials(link)}, and the credentials in {how}"
+            f"legal: {legal}, and the credentials in {how}"
         )
     if not bucket:
         raise StoreError(f"the store {shown} names no bucket; legal: {scheme}://bucket/folder")

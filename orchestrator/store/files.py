@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from orchestrator.errors import StoreError
 from orchestrator.store import paths
-from orchestrator.store.address import address, secrets_of, without_credentials
+from orchestrator.store.address import address, without_credentials, without_secrets
 from orchestrator.store.backend import Backend, Data, Found
 from orchestrator.store.folder import Folder
 from orchestrator.store.objects import Memory, Objects
@@ -319,9 +319,7 @@ class Files:
         options = (
             getattr(getattr(self._backend, "fs", None), "storage_options", {}) if hasattr(self, "_backend") else {}
         )
-        for secret in secrets_of(self.url, os.environ, options):
-            text = text.replace(secret, "***")
-        return without_credentials(text)
+        return without_secrets(text, os.environ, options, url=self.url)
 
 
 @dataclass(frozen=True)

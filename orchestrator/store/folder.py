@@ -14,6 +14,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from io import FileIO
 
 from orchestrator.store.backend import Data, Found
 
@@ -27,7 +28,7 @@ _DEEPEST = 4
 
 
 class Folder:
-    """One folder; `root` is its absolute path."""
+    """One folder; `root` is its absolute path. A link that leads nowhere is an empty file: torn, to be set aside."""
 
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(os.path.expanduser(root))
@@ -35,7 +36,7 @@ class Folder:
             raise NotADirectoryError(errno.ENOTDIR, "it is not a folder")
 
     def read(self, path: str, start: int, end: int | None) -> bytes:
-        with open(self._full(path), "rb", buffering=0) as file:
+        with self._open(path) as file:
             file.seek(start)
             length = (os.fstat(file.fileno()).st_size if end is None else end) - start
             data = file.read(max(length, 0))
@@ -45,7 +46,7 @@ class Folder:
             return data
 
     def map(self, path: str) -> Data:
-        with open(self._full(path), "rb") as file:
+        with self._open(path) as file:
             if os.fstat(file.fileno()).st_size == 0:
                 return b""  # which cannot be mapped
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -83,7 +84,12 @@ class Folder:
         return True
 
     def size(self, path: str) -> int:
-        status = os.stat(self._full(path))
+        try:
+            status = os.stat(self._full(path))
+        except FileNotFoundError:
+            if os.path.islink(self._full(path)):
+                return 0
+            raise
         if not stat.S_ISREG(status.st_mode):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return status.st_size
@@ -95,7 +101,7 @@ class Folder:
         os.unlink(self._full(path))
 
     def modified(self, path: str) -> float:
-        return os.stat(self._full(path)).st_mtime
+        return os.lstat(self._full(path)).st_mtime
 
     def used(self, folder: str) -> int:
         return sum(status.st_size for _, status in self._walk(self._full(folder)))
@@ -123,6 +129,15 @@ class Folder:
                         yield from self._walk(entry.path, depth + 1)
                 else:
                     yield entry.path, entry.stat()
+
+    def _open(self, path: str) -> FileIO:
+        full = self._full(path)
+        try:
+            return open(full, "rb", buffering=0)
+        except FileNotFoundError:
+            if os.path.islink(full):
+                return open(os.devnull, "rb", buffering=0)
+            raise
 
     def _full(self, path: str) -> str:
         return os.path.join(self.root, path)

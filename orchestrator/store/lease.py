@@ -5,10 +5,12 @@
 Whether a holder is alive is one rule for all who ask, a second driver, `status` and `gc`, and compares no clocks:
 
 - Who let go holds nothing any more.
-- A holder of the reader's own host, boot and process namespace lives as long as its process does: told at once.
-- Any other is alive once its counter, or the epoch, is seen to move. It is dead when the counter has stood still for
-  15 s between the reader's own looks, by the reader's monotonic clock. Of the time between two looks 5 s count at most:
-  a reader that slept saw nothing; and none of the time in which the store did not answer: no holder could beat then.
+- A holder of the reader's own host, boot and process namespace lives as long as its process does: told at once, unless
+  that process is stopped (SIGSTOP).
+- Such a one and any other is alive once its counter, or the epoch, is seen to move. It is dead when the counter has
+  stood still for 15 s between the reader's own looks, by the reader's monotonic clock. Of the time between two looks
+  5 s count at most: a reader that slept saw nothing; and none of the time in which the store did not answer: no holder
+  could beat then.
 - Until either is seen it is not known. A second driver waits, `status` waits, and `gc` waits; who cannot wait takes the
   holder to be alive.
 
@@ -232,7 +234,8 @@ class Pulse:
         holder = self._holder[1]
         if (holder.get("host"), holder.get("boot_id")) == self._place:
             alive = holder["pid"] != self._pid and (self._alive(holder["pid"]) if self._alive else _runs(holder))
-            return Sign(alive=alive, driver=_named(holder), epoch=newest)
+            if not (alive and _is_stopped(holder["pid"])):
+                return Sign(alive=alive, driver=_named(holder), epoch=newest)
         count = _bytes(self._files, paths.lease_file(self._study, newest, "beat"))
         now = self._clock()
         if self._seen == (newest, count):
@@ -242,8 +245,8 @@ class Pulse:
             self._seen, self._moved_at, self._watched = (newest, count), now, 0.0
         self._looked_at = now
         known = None if self._watched < DEAD_SECONDS else False
-        alive = True if self._moved and known is None else known
-        return Sign(alive=alive, driver=_named(holder), epoch=newest, silent_seconds=now - self._moved_at)
+        moves = True if self._moved and known is None else known
+        return Sign(alive=moves, driver=_named(holder), epoch=newest, silent_seconds=now - self._moved_at)
 
 
 def decided(pulse: Pulse, sleep: Callable[[float], None] = time.sleep) -> Sign:
@@ -261,12 +264,13 @@ def process_alive(pid: int) -> bool:
         return False
     except PermissionError:
         pass
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            # The name in brackets may hold anything, brackets too; the process's condition is the letter behind it.
-            return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (OSError, IndexError):
-        return True
+    fields = _stat(pid)
+    return not fields or fields[0] not in ("Z", "X")
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process of this machine stands still until it is told to go on; False where that cannot be told."""
+    return _stat(pid)[:1] in (["T"], ["t"])
 
 
 def _runs(holder: Mapping[str, Any]) -> bool:
@@ -277,11 +281,18 @@ def _runs(holder: Mapping[str, Any]) -> bool:
 
 def _born(pid: int) -> int | None:
     """When a process of this machine began, in ticks since boot; None where that cannot be told."""
+    fields = _stat(pid)
+    return int(fields[19]) if len(fields) > 19 else None
+
+
+def _stat(pid: int) -> list[str]:
+    """What Linux tells of a process, from its condition on; nothing elsewhere."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[19])
-    except (OSError, IndexError, ValueError):
-        return None
+            # The name in brackets may hold anything, brackets too.
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def _newest(files: Files, study: str) -> tuple[int, bool]:

@@ -23,6 +23,9 @@ class Objects:
 
         # s3fs never forgets a listing: another process's new files would stay unseen.
         fs, root = url_to_fs(url, use_listings_cache=False, **_options(url))
+        loop = getattr(fs, "loop", None)
+        if loop is not None and loop.get_exception_handler() is None:
+            loop.set_exception_handler(_of_nobody)
         self.fs: Any = fs
         self.root: str = root.rstrip("/")
         self._url = url
@@ -109,6 +112,13 @@ class Objects:
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
+
+
+def _of_nobody(loop: Any, context: dict[str, Any]) -> None:
+    """What is told of a task that nobody awaits. When a connection breaks aiohttp leaves its writer's behind: the
+    request has failed, and whoever made it says so."""
+    if not isinstance(context.get("exception"), ConnectionError):
+        loop.default_exception_handler(context)
 
 
 def _options(url: str) -> dict[str, Any]:

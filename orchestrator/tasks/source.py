@@ -12,14 +12,17 @@ from __future__ import annotations
 import ast
 import atexit
 import builtins
+import fcntl
 import importlib
+import os
 import platform
 import shutil
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from hashlib import file_digest, sha256
@@ -35,6 +38,9 @@ from orchestrator.tasks import BUILTIN
 HOUSE = Path(__file__).resolve().parents[2]
 OUR_OWN = ("orchestrator", "search")
 """Folders of `HOUSE`: never local, even for a study that lies beside them."""
+
+_MATERIALISED = "orchardist-task-"
+_YOUNG_SECONDS = 60.0
 
 LARGEST_SENT = 100_000_000
 """Bytes of a file that are sent to workers; a larger one must lie where they can read it."""
@@ -382,13 +388,29 @@ def _candidates(source: Source, root: Path | None) -> Iterator[Path]:
 
 def _materialise(source: Source) -> Path:
     # Kept until the process ends: tracebacks, inspect and torch.jit read the files again.
-    folder = Path(tempfile.mkdtemp(prefix="orchardist-task-"))
+    folder = Path(tempfile.mkdtemp(prefix=_MATERIALISED))
+    fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)  # however the process ends
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _sweep_materialised(folder.parent)
     for relative, text in source.files.items():
         path = folder / relative
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return folder
+
+
+def _sweep_materialised(parent: Path) -> None:
+    """Remove what killed processes have left. A young folder may be one that is about to be locked."""
+    for folder in parent.glob(f"{_MATERIALISED}*"):
+        with suppress(OSError):  # in use, somebody else's, or gone meanwhile
+            if time.time() - folder.stat().st_mtime < _YOUNG_SECONDS:
+                continue
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(held)
 
 
 class _LocalModules:

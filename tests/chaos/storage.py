@@ -11,7 +11,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from orchestrator import Study
-from orchestrator.errors import StoreError
+from orchestrator.errors import StoreError, StoreFailed
 from orchestrator.pools.local import LocalPool
 from tests.chaos.drive import DONE, REFUSED, start
 from tests.chaos.judge import Verdict, Witness
@@ -119,7 +119,7 @@ def _on_faulty(place: Place, server: Faulty) -> Verdict:
             try:
                 if study.run(LocalPool()).done == spec().trials:
                     break
-            except (StoreError, Killed):
+            except (StoreError, StoreFailed, Killed):
                 ends += 1
             server.down = ""
             server.faults = {number: fault for number, fault in server.faults.items() if number > server.calls + 40}

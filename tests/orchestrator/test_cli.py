@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator import Study, cli
+from orchestrator import Study
 from orchestrator.cli import main
+from orchestrator.interrupts import STOPS
 from orchestrator.pools.local import LocalPool
 from tests.orchestrator.pools import small
 from tests.orchestrator.test_retrieve import ODD
@@ -52,8 +53,13 @@ class Shell:
     def __call__(self, *arguments: str) -> Done:
         self._monkeypatch.setattr(sys, "argv", ["orchardist", *arguments])
         self._capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
+        before = {number: signal.getsignal(number) for number in STOPS}
+        try:
+            with pytest.raises(SystemExit) as end:
+                main()
+        finally:
+            for number, handler in before.items():  # after an interrupt they are off, for the process is about to end
+                signal.signal(number, handler)
         out, err = self._capsys.readouterr()
         assert "Traceback" not in err, err
         return Done(end.value.code if isinstance(end.value.code, int) else 0, out, err)
@@ -362,18 +368,6 @@ def test_an_interrupt_within_an_import_comes_after_it(place: Path, shell: Shell)
     )
     done = shell("run", "study.toml", "--local")
     assert done.code == 130 and (place / "imported").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_an_interrupt_that_a_destructor_swallows_comes_again() -> None:
-    class Interrupted:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt), cli._imports_uninterrupted():
-        Interrupted()
-        time.sleep(10)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.ray

@@ -1,19 +1,18 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
 import orchestrator.store.lease as leases
-from orchestrator import Study, driver
+from orchestrator import Study
 from orchestrator.errors import StoreError
 from orchestrator.pools.local import LocalPool
 from orchestrator.pools.protocol import Event, Reported
@@ -23,34 +22,6 @@ from orchestrator.store.lease import Lease
 from tests.orchestrator.pools import small
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_an_interrupt_waits_until_the_block_is_done() -> None:
-    steps = []
-
-    def work() -> None:
-        with driver._uninterrupted():
-            signal.raise_signal(signal.SIGINT)
-            steps.append("done all the same")
-        steps.append("never")
-
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert steps == ["done all the same"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_another_thread_is_not_in_the_way_of_signals() -> None:
-    done = []
-
-    def work() -> None:
-        with driver._uninterrupted():
-            done.append(True)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert done
 
 
 def test_the_lease_beats_while_the_driver_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,3 +148,15 @@ def _go(process: subprocess.Popen[str]) -> None:
 def _line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
+
+
+def test_what_is_published_last_is_how_it_ended(tmp_path: Path) -> None:
+    class Watched(LocalPool):
+        def publish(self, study: str, counts: Mapping[str, float]) -> None:
+            published.append(counts)
+
+    published: list[Mapping[str, float]] = []
+    root = small.write_task(tmp_path)
+    standing = Study(small.spec(trials=3), f"memory://{uuid4().hex}", root=root).run(Watched())
+    assert published[-1]["trials_done"] == standing.done == 3
+    assert published[-1]["trials_running"] == published[-1]["queue_length"] == 0

@@ -18,7 +18,8 @@ from orchestrator.errors import QueryError, StoreError
 from orchestrator.pools.local import LocalPool
 from orchestrator.pools.protocol import Event, Failed
 from orchestrator.state import from_bytes
-from orchestrator.store import Lease, acquire
+from orchestrator.store import Lease, Ledger, acquire
+from orchestrator.store.files import NoRoom
 from orchestrator.store.lease import beating, this_process
 from tests.contracts.store import safetensors
 from tests.faulty import Faulty
@@ -76,6 +77,60 @@ def test_what_no_front_needs_goes_and_the_rest_stays(url: str, root: Path) -> No
         unpruned = {entry["op"] for entry in lineage} <= {"Init", "Train"}
         assert key in front_keys(study) or unpruned or any(key in detail for detail in tickets), lineage
     assert study.sweep().states == 0
+
+
+def test_a_full_disk_is_swept_without_writing_anything(root: Path) -> None:
+    """Neither a lease nor a merged ledger finds room there."""
+    server = Faulty(uuid4().hex)
+    study = run(server.url, root)
+    front, states = study.front(), there(study)
+    server.down = "finds the disk full"
+    with pytest.raises(StoreError, match="No space left on device"):
+        study.store.files.write("x", b"1")
+    swept = study.sweep()
+    assert swept.states > 0 and len(states - there(study)) == swept.states
+    assert front_keys(study) <= there(study) and study.front() == front
+    with pytest.raises(StoreError, match="free some room"):
+        study.sweep()
+    server.down = ""
+    assert study.sweep().states == 0
+    assert study.run(LocalPool()).done == 6 and study.front() == front
+
+
+def test_a_full_disk_is_not_swept_while_somebody_runs_the_study(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
+    server = Faulty(uuid4().hex)
+    study = run(server.url, root)
+    states = there(study)
+    with beating(acquire(study.store.files, "small", **ELSEWHERE)):
+        with monkeypatch.context() as patch:
+            patch.setattr("orchestrator.study.acquire", _no_room)
+            with pytest.raises(StoreError, match="is being run by process 1 on elsewhere"):
+                study.sweep()
+        assert there(study) == states
+
+
+def _no_room(*_: object, **__: object) -> None:
+    raise NoRoom("No space left on device")
+
+
+def test_with_room_for_a_lease_only_states_go_and_then_the_ledger_is_merged(
+    url: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, tries = Ledger.compact, []
+
+    def compact(self: Ledger, grace_seconds: float = 0.0) -> None:
+        tries.append(len(there(study)))
+        if len(tries) == 1:
+            raise NoRoom("No space left on device")
+        right(self, grace_seconds)
+
+    study = run(url, root)
+    front, states = study.front(), there(study)
+    monkeypatch.setattr(Ledger, "compact", compact)
+    swept = study.sweep()
+    assert tries == [len(states), len(states) - swept.states] and swept.states > 0
+    assert study.front() == front
 
 
 def test_after_it_the_study_is_as_finished_as_before(url: str, root: Path) -> None:

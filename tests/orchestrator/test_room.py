@@ -134,6 +134,35 @@ def test_a_limit_that_is_too_low_ends_the_run_clearly_and_it_goes_on_with_a_high
     assert study.front() == whole.front()
 
 
+class Interrupted(LocalPool):
+    """Ends the run before the first report."""
+
+    def completed(self, timeout_seconds: float) -> Sequence[Event]:
+        raise KeyboardInterrupt
+
+
+def test_trials_of_an_earlier_run_do_not_begin_either_while_there_is_no_room(
+    root: Path, whole: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are all proposed when it goes on, so that nothing but this holds them back."""
+    right, begun = Driver._begin, []
+
+    def begin(self: Driver, proposal: Proposal) -> None:
+        assert not self._room.full
+        begun.append(proposal.number)
+        right(self, proposal)
+
+    study = study_of(f"memory://{uuid4().hex}", root, max_store_gb=whole.store.used() / 4 / GB)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("orchestrator.driver.AHEAD", 128)
+        study.run(Interrupted())
+    assert study.store.table("small", "proposals").num_rows == TRIALS
+    monkeypatch.setattr(Driver, "_begin", begin)
+    with pytest.raises(StoreError, match="all of it is needed"):
+        study.run(LocalPool())
+    assert 0 < len(begun) < TRIALS
+
+
 def test_what_other_studies_need_counts_and_stays(root: Path, whole: Study) -> None:
     url = f"memory://{uuid4().hex}"
     other = Study(small.spec(name="other", trials=3), url, root=root)

@@ -356,6 +356,8 @@ def test_mixes_take_ranges_at_their_ends() -> None:
 def test_the_digest_leaves_out_how_far_a_study_is_run() -> None:
     study = StudySpec.parse(EVERYTHING)
     assert study.model_copy(update={"trials": 99, "enqueue": ()}).digest() == study.digest()
+    plain = study.model_dump(exclude_defaults=True) | {"stopping": {"rule": "halving", "bracket": 9}}
+    assert StudySpec(**plain).digest() == study.digest()
 
 
 @pytest.mark.parametrize(
@@ -385,6 +387,7 @@ def test_those_are_all_the_fields() -> None:
         "enqueue",
         "keep",
         "max_store_gb",
+        "stopping",
         "checkpoint_minutes",
         "timeout_seconds",
     } == set(StudySpec.model_fields)

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 
 from orchestrator import Study
-from orchestrator.errors import StoreError
+from orchestrator.errors import StoreError, StoreFailed
 from orchestrator.graph import Segment
 from orchestrator.header import read_header
 from orchestrator.pools.local import LocalPool
@@ -310,7 +310,7 @@ def test_a_state_that_cannot_be_stored_ends_the_run_clearly_and_it_goes_on_from_
 
     monkeypatch.setattr(States, "commit", full)
     study = study_in(tmp_path, url)
-    with pytest.raises(StoreError, match="No space left on device"):
+    with pytest.raises(StoreFailed, match="No space left on device"):
         study.run(LocalPool(ticking()))
     assert not study.status()["failures"], "no trial is to blame"
     assert study.run(LocalPool(ticking())).done == 2
@@ -406,3 +406,27 @@ def test_another_studys_checkpoints_are_not_swept(url: str, tmp_path: Path) -> N
     assert other.run(LocalPool()).done == 2
     assert other.sweep().checkpoints == 0
     assert len(other.store.checkpoints.positions()) == 1
+
+
+def test_a_training_that_was_interrupted_makes_checkpoints_soon(url: str, tmp_path: Path) -> None:
+    """Every fifteenth batch kills: with the study's own minutes between them no checkpoint would ever come about."""
+    reference, _ = undisturbed(tmp_path)
+
+    def again() -> None:
+        (tmp_path / "trouble").write_text(f"interrupt {batches(tmp_path) + 15}")
+
+    again()
+    study = study_in(tmp_path, url, checkpoint_minutes=5)
+    pool = Mortal(ticking(), again=again)
+    assert study.run(pool).done == 2
+    assert pool.deaths > 2
+    assert_same(study, reference)
+    assert any(detail.get("checkpoint") for detail in events(study, "work"))
+
+
+def test_with_none_asked_for_there_are_none_however_often_it_is_interrupted(url: str, tmp_path: Path) -> None:
+    (tmp_path / "trouble").write_text("interrupt 15")
+    study = study_in(tmp_path, url, checkpoint_minutes=0)
+    pool = Mortal(ticking())
+    assert study.run(pool).done == 2 and pool.deaths == 1
+    assert not any(detail.get("checkpoint") for detail in events(study, "work"))

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator.jobs.doctor import LARGEST_SKEW_SECONDS, examine, look, node_findings, store_findings
+from orchestrator.errors import StoreError
+from orchestrator.jobs.doctor import (
+    LARGEST_SKEW_SECONDS,
+    examine,
+    look,
+    node_findings,
+    store_advice,
+    store_findings,
+)
 from orchestrator.store.files import Files
 from tests.orchestrator.test_cli import Shell, shell
 
@@ -113,6 +121,50 @@ def test_a_store_that_cannot_be_written_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (found,) = store_findings(str(tmp_path / "file"))
     assert found.state == "wrong" and "it is not a folder" in found.found
+
+
+@pytest.mark.parametrize(
+    ("place", "advice"),
+    [
+        ("file", "file is no folder: give another path, or move it away"),
+        ("file/below", "file is no folder: give another path, or move it away"),
+        ("nowhere", "nowhere is a link that leads nowhere"),
+        ("/dev/null", "/dev is the kernel's"),
+        ("/proc/x", "/proc is the kernel's"),
+        ("s3:/bucket/a", "correct the URL"),
+    ],
+)
+def test_what_is_wrong_with_a_place_comes_with_what_to_do(tmp_path: Path, place: str, advice: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "deeper")
+    (found,) = store_findings(place if ":" in place else str(tmp_path / place))
+    assert found.state == "wrong" and advice in found.advice
+
+
+@pytest.mark.parametrize(
+    ("says", "advice"),
+    [
+        ("The specified bucket does not exist", "make the bucket"),
+        ('Could not connect to the endpoint URL: "http://127.0.0.1:1/" (waited 9 s)', "nothing answers there"),
+        ("Unable to locate credentials; check the credentials", "there are no credentials here"),
+        ("The request signature we calculated does not match; check the credentials", "the credentials are wrong"),
+        ("The AWS Access Key Id you provided does not exist in our records.", "the credentials are wrong"),
+        ("Forbidden; check the credentials and what they may do there", "may not do this there"),
+        ("s3fs is not installed: pip install 'orchardist[s3]'", "install what the message names"),
+        ("something new", "check the URL, the network and the credentials"),
+    ],
+)
+def test_what_object_stores_say_comes_with_what_to_do(says: str, advice: str) -> None:
+    assert advice in store_advice(
+        "s3://bucket/a", StoreError(f"cannot write .probe in the store s3://bucket/a: {says}")
+    )
+
+
+def test_a_folder_of_others_comes_with_whom_to_ask(tmp_path: Path) -> None:
+    said = store_advice(str(tmp_path), StoreError("cannot write .probe in the store: Permission denied"))
+    assert f"may not write to {tmp_path}" in said
+    assert "free some room" in store_advice(str(tmp_path), StoreError("cannot write: No space left on device"))
+    assert "for reading only" in store_advice(str(tmp_path), StoreError("cannot write: Read-only file system"))
 
 
 def test_a_store_that_lets_many_win_is_doubtful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

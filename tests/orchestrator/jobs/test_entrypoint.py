@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,8 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.jobs.entrypoint import CRASHED, INTERRUPTED, LONG_SECONDS, MOST_STARTS, STARTED, restarted
-from tests.cluster import until
+from orchestrator.errors import StoreError
+from orchestrator.jobs.entrypoint import (
+    AWAY_SECONDS,
+    BEGUN,
+    CRASHED,
+    INTERRUPTED,
+    LONG_SECONDS,
+    MOST_STARTS,
+    STARTED,
+    STORE_FAILED,
+    reach,
+    restarted,
+)
+from tests.cluster import ROOT, until
+from tests.orchestrator.pools import small
+from tests.orchestrator.test_cli import STUDY
 
 KILLED = -signal.SIGKILL
 
@@ -41,9 +56,10 @@ def test_a_driver_that_ends_by_itself_is_not_started_again(code: int) -> None:
 
 
 def test_a_driver_that_dies_is_started_again_after_growing_pauses() -> None:
-    runs = Runs([KILLED, CRASHED, KILLED, 0])
+    runs = Runs([KILLED, CRASHED, STORE_FAILED, 0])
     assert runs() == 0
     assert runs.pauses == [2, 4, 8]
+    assert runs.said[2].startswith("the driver lost its store; start 4")
     assert runs.said[0] == f"the driver was killed by signal 9; start 2 of {MOST_STARTS} in 2 s"
     assert runs.said[1].startswith("the driver crashed")
 
@@ -68,7 +84,32 @@ def test_a_driver_that_was_asked_to_stop_stays_stopped() -> None:
     assert runs.codes == [0]
 
 
-def launched(folder: Path, *arguments: str, plot: str) -> subprocess.Popen[str]:
+def reached(*messages: str) -> tuple[float, list[str]]:
+    """After how long a store is reached that says these things, one after another, before it answers."""
+    now, said, left = [0.0], list[str](), list(messages)
+
+    def probe() -> None:
+        if left:
+            raise StoreError(left.pop(0))
+
+    reach(probe, sleep=lambda s: now.__setitem__(0, now[0] + s), clock=lambda: now[0], told=said.append)
+    return now[0], said
+
+
+def test_a_job_that_begins_while_its_store_is_away_waits_for_it() -> None:
+    seconds, said = reached("no answer (waited 5 s)", "no answer (waited 5 s)")
+    assert seconds == 6 and said[0] == "no answer (waited 5 s); tried again in 2 s"
+    with pytest.raises(StoreError, match="no answer"):
+        reached(*["no answer (waited 5 s)"] * 100)
+    assert AWAY_SECONDS > 60
+
+
+def test_a_store_that_waiting_does_not_mend_is_told_at_once() -> None:
+    with pytest.raises(StoreError, match="no such bucket"):
+        reached("no such bucket")
+
+
+def launched(folder: Path, *arguments: str, plot: str, **variables: str) -> subprocess.Popen[str]:
     """The real entrypoint, with a command line whose `run` does what `plot` says."""
     (folder / "sitecustomize.py").write_text(
         "import sys, types\n"
@@ -77,8 +118,7 @@ def launched(folder: Path, *arguments: str, plot: str) -> subprocess.Popen[str]:
         f"exec({plot!r}, fake.__dict__)\n"
         "sys.modules['orchestrator.cli'] = fake\n"
     )
-    root = str(Path(__file__).resolve().parents[3])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), root])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), ROOT]), **variables}
     return subprocess.Popen(
         [sys.executable, "-m", "orchestrator.jobs.entrypoint", *arguments],
         cwd=folder,
@@ -104,6 +144,97 @@ def test_a_killed_process_goes_on_in_a_new_one(tmp_path: Path) -> None:
     assert process.returncode == 0, err
     assert set(out.splitlines()) == {str(["orchardist", "run", "study.toml", "--store", str(tmp_path / "store")])}
     assert STARTED in err and "was killed by signal 9" in err
+
+
+def test_a_driver_whose_store_failed_midway_is_started_again(tmp_path: Path) -> None:
+    plot = (
+        "import sys, pathlib\n"
+        "from orchestrator.errors import StoreFailed\n"
+        "def main():\n"
+        "    try:\n"
+        "        if not pathlib.Path('once').exists():\n"
+        "            pathlib.Path('once').touch(); raise StoreFailed('the disk is full')\n"
+        "    except StoreFailed:\n"
+        "        sys.exit(1)\n"
+        "    sys.exit(0)\n"
+    )
+    process = launched(tmp_path, "study.toml", "--store", str(tmp_path / "store"), plot=plot)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the driver lost its store; start 2" in err, err
+
+
+BREAKS = """
+import errno, pathlib, sys
+from orchestrator.store.folder import Folder
+write, here = Folder.write, pathlib.Path('store')
+def fails(folder, path, data):
+    if len(list(here.glob('states/*/*'))) > 2:
+        pathlib.Path('once').touch()
+        raise OSError(errno.EIO, 'the disk is away')
+    return write(folder, path, data)
+if '-c' in sys.orig_argv and not pathlib.Path('once').exists():
+    Folder.write = fails
+"""
+
+
+@pytest.mark.slow
+def test_a_study_whose_disk_was_away_for_a_while_is_brought_to_its_end(tmp_path: Path) -> None:
+    small.write_task(tmp_path)
+    (tmp_path / "study.toml").write_text(STUDY)
+    (tmp_path / "sitecustomize.py").write_text(BREAKS)
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.jobs.entrypoint", "study.toml", "--store", "store", "--local"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), ROOT]), "ORCHARDIST_PATIENCE_SECONDS": "0.2"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the driver lost its store; start 2" in done.stderr and "the disk is away" not in done.stdout
+    assert done.stderr.count(BEGUN) == 2 and "4/4 trials" in done.stderr
+
+
+def test_a_driver_says_once_that_the_study_has_begun(tmp_path: Path) -> None:
+    plot = "def main():\n    from orchestrator.joblog import doing\n    [doing('s', what, {}) for what in ('a', 'started', 'started')]\n"
+    process = launched(tmp_path, "study.toml", plot=plot)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err.count(BEGUN) == 1, err
+
+
+def test_a_job_goes_on_with_the_shipped_code_when_its_folder_is_taken_away(tmp_path: Path) -> None:
+    """As a second raylet of the machine does: the files come back, but the folder that was the job's own does not."""
+    there, kept = tmp_path / "there", tmp_path / "kept"
+    there.mkdir()
+    plot = (
+        "import os, pathlib, shutil, sys\n"
+        "def main():\n"
+        "    import shipped\n"
+        "    kept = pathlib.Path(sys.argv[2])\n"
+        "    with kept.open('a') as file:\n"
+        "        print(os.getcwd(), shipped.__file__, os.path.exists('study.toml'), os.environ['ORCHARDIST_AGAIN'], file=file)\n"
+        "    if len(kept.read_text().splitlines()) == 1:\n"
+        "        shutil.rmtree(sys.argv[3]); os.kill(os.getpid(), 9)\n"
+        "    sys.exit(0)\n"
+    )
+    for name in ("study.toml", "shipped.py"):
+        (there / name).write_text("")
+    (tmp_path / "tmp").mkdir()
+    job = {"runtime_env": {"working_dir": "gcs://package.zip"}, "metadata": {"orchardist-again": "mine"}}
+    process = launched(
+        *(there, str(kept), str(there)),
+        plot=plot,
+        RAY_JOB_CONFIG_JSON_ENV_VAR=json.dumps(job),
+        TMPDIR=str(tmp_path / "tmp"),
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    first, second = kept.read_text().splitlines()
+    folder, module, study, again = first.split()
+    assert first == second and Path(folder).parent == tmp_path / "tmp"
+    assert (module, study, again) == (f"{folder}/shipped.py", "True", "mine")
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 def test_a_stop_reaches_a_driver_that_got_no_signal_of_its_own(tmp_path: Path) -> None:

@@ -87,19 +87,43 @@ def test_included_folders_travel_without_what_is_hidden(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     (tmp_path / "data" / "link").symlink_to("/etc/hostname")
+    (tmp_path / "data" / "env_link.txt").symlink_to(".env")
+    (tmp_path / "data" / "config.txt").symlink_to(".git/config")
     assert yours(path, tmp_path / "data") == {"study.toml", "data/a.csv", "data/deep/b.csv"}
+
+
+SECRETS = [
+    *("credentials.json", "key.pem", "server.KEY", "id_rsa", "id_ed25519.old", "netrc", "_netrc", "secrets.toml"),
+    *("aws-credentials", "my_secret.txt", "service-account-7.json", "prod.env", "auth_token", "kubeconfig.yaml"),
+]
+INNOCENT = ["keys.csv", "monkey.npy", "tokens.txt", "environment.yml", "tokenizer.json", "secretary.csv", "pem.txt"]
+
+
+def test_what_looks_like_credentials_stays_and_is_named_unless_it_was_asked_for_by_name(tmp_path: Path) -> None:
+    path = study(tmp_path, "digits")
+    (tmp_path / "data").mkdir()
+    for name in (*SECRETS, *INNOCENT):
+        (tmp_path / "data" / name).write_text("1")
+    (tmp_path / "data" / "link.txt").symlink_to("id_rsa")
+    sent = shipment(path, [tmp_path / "data"])
+    assert set(sent.yours) == {f"{FOLDER}/study.toml", *(f"{FOLDER}/data/{name}" for name in INNOCENT)}
+    assert sent.withheld == tuple(sorted(f"data/{name}" for name in [*SECRETS, "link.txt"]))
+    sent = shipment(path, [tmp_path / "data", tmp_path / "data" / "key.pem"])
+    assert f"{FOLDER}/data/key.pem" in sent.yours and "data/key.pem" not in sent.withheld
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
         (".env", "hidden files are not shipped"),
+        ("env.txt", "hidden files are not shipped"),
         ("nothing", "there is no such file"),
         ("..", "legal: files and folders below"),
     ],
 )
 def test_what_may_not_be_included_is_refused(tmp_path: Path, name: str, says: str) -> None:
     (tmp_path / ".env").write_text("SECRET=1")
+    (tmp_path / "env.txt").symlink_to(".env")
     with pytest.raises(InputError, match=says):
         shipment(study(tmp_path, "digits"), [tmp_path / name])
 

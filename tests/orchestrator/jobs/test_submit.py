@@ -22,10 +22,11 @@ from typer.main import get_command
 
 from orchestrator.cli import app
 from orchestrator.errors import InputError, OrchardistError
-from orchestrator.jobs.entrypoint import STARTED
+from orchestrator.jobs.entrypoint import BEGUN, STARTED
 from orchestrator.jobs.shipping import FOLDER, Shipment
-from orchestrator.jobs.submit import MOST_LOST, connect, entrypoint, follow, refuse_store, submit, wait_until_started
-from tests.cluster import TOKEN, head, until
+from orchestrator.jobs.submit import MOST_LOST, connect, entrypoint, follow, refuse_store, submit, wait_until_begun
+from orchestrator.pools.shipped import AGAIN
+from tests.cluster import TOKEN, head, nodes, until
 from tests.orchestrator.pools import small
 from tests.orchestrator.pools.test_nodes import write_study
 from tests.orchestrator.test_cli import STUDY, Shell, shell
@@ -126,9 +127,27 @@ def test_ids_count_the_attempts_at_one_study_in_one_store() -> None:
     assert elsewhere.endswith("-1") and elsewhere != first
 
 
-def test_a_slash_at_the_end_makes_no_other_store() -> None:
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (STORE, f"{STORE}/"),
+        (STORE, "S3A://bucket/orchard"),
+        ("gs://bucket/a", "gcs://bucket/a/"),
+        ("/shared/orchard", "file:///shared/orchard/"),
+        ("/shared/orchard", "/shared//old/../orchard"),
+        ("/shared/orchard", "local:///shared/./orchard"),
+    ],
+)
+def test_spellings_of_one_store_make_one_job(one: str, other: str) -> None:
+    assert sent(FakeClient(), one).id == sent(FakeClient(), other).id
+    assert sent(FakeClient(), one).id != sent(FakeClient(), f"{other}/more").id
+
+
+def test_the_user_s_own_command_travels_without_credentials() -> None:
     client = FakeClient()
-    assert sent(client, STORE + "/").id == sent(client, STORE).id
+    again = "orchardist submit study.toml --store s3://name:hunter2hunter2@bucket/a"
+    submit(client, SENT, name="small", store=STORE, command="true", again=again)
+    assert client.jobs[0].metadata[AGAIN] == "orchardist submit study.toml --store s3://bucket/a"
 
 
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
@@ -189,16 +208,16 @@ def test_other_stores_are_refused_without_their_secrets(url: str, says: str) -> 
     assert "hunter2" not in str(error.value)
 
 
-def test_waiting_ends_when_the_driver_has_its_store() -> None:
+def test_waiting_ends_when_the_study_has_begun() -> None:
     client = FakeClient()
     job = sent(client).id
     naps: list[float] = []
 
     def sleep(seconds: float) -> None:
         naps.append(seconds)
-        client.logs = f"Runtime env is setting up.\n{STARTED} node\n" if len(naps) == 3 else ""
+        client.logs += {2: f"{STARTED} node\n", 3: f"{BEGUN}\n"}.get(len(naps), "\n")
 
-    assert wait_until_started(client, job, sleep=sleep)
+    assert wait_until_begun(client, job, sleep=sleep)
     assert len(naps) == 3
 
 
@@ -206,7 +225,7 @@ def test_a_job_that_does_not_start_is_not_waited_for_for_ever() -> None:
     client = FakeClient()
     now = [0.0]
     job = sent(client).id
-    assert not wait_until_started(
+    assert not wait_until_begun(
         client, job, seconds=10, clock=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s)
     )
 
@@ -227,7 +246,7 @@ def test_a_job_that_ends_early_says_why(
     client.jobs[0].status, client.jobs[0].driver_exit_code, client.jobs[0].message = "FAILED", code, message
     client.logs = "Running entrypoint\ncannot write the store s3://key:secret@bucket/a: no such bucket\n\n"
     with pytest.raises(kind, match=says):
-        wait_until_started(client, job)
+        wait_until_begun(client, job)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +264,18 @@ def test_following_ends_with_the_exit_code_of_the_run(status: str, code: int | N
     client = FakeClient()
     job = sent(client).id
     client.jobs[0].status, client.jobs[0].driver_exit_code = status, code
-    assert follow(client, job, lambda _: None) == ends
+    told: list[str] = []
+    assert follow(client, job, lambda _: None, told.append) == ends
+    assert bool(told) == bool(ends)
+
+
+def test_who_follows_hears_why_it_ended() -> None:
+    client = FakeClient(logs="epoch 3\nstudy small was made from another file: lr\nlegal: another name\n")
+    job = sent(client).id
+    client.jobs[0].status, client.jobs[0].driver_exit_code = "FAILED", 2
+    told: list[str] = []
+    assert follow(client, job, lambda _: None, told.append) == 2
+    assert told == ["on the cluster: study small was made from another file: lr legal: another name"]
 
 
 def test_what_is_followed_is_shown_once_across_lost_connections() -> None:
@@ -253,7 +283,7 @@ def test_what_is_followed_is_shown_once_across_lost_connections() -> None:
     job = sent(client).id
     client.jobs[0].status = "SUCCEEDED"
     shown: list[str] = []
-    assert follow(client, job, shown.append, sleep=lambda _: None) == 0
+    assert follow(client, job, shown.append, shown.append, sleep=lambda _: None) == 0
     assert "".join(shown) == client.logs
 
 
@@ -261,10 +291,10 @@ def test_a_cluster_out_of_reach_is_waited_for_but_not_for_ever() -> None:
     client = FakeClient(away=MOST_LOST - 1)
     job = sent(client).id
     client.jobs[0].status = "SUCCEEDED"
-    assert follow(client, job, lambda _: None, sleep=lambda _: None) == 0
+    assert follow(client, job, lambda _: None, lambda _: None, sleep=lambda _: None) == 0
     client.away = MOST_LOST
     with pytest.raises(OrchardistError, match="http://head:8265 does not answer any more"):
-        follow(client, job, lambda _: None, sleep=lambda _: None)
+        follow(client, job, lambda _: None, lambda _: None, sleep=lambda _: None)
 
 
 # --- The command ---
@@ -317,7 +347,7 @@ def test_run_refuses_what_workers_cannot_take(
 def test_what_workers_take_travels_in_the_job_s_command(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = FakeClient(logs=STARTED)
+    client = FakeClient(logs=BEGUN)
     reached(monkeypatch, client)
     monkeypatch.chdir(tmp_path)
     small.write_task(tmp_path)
@@ -373,7 +403,7 @@ def test_submit_has_every_option_of_run_that_a_job_can_have() -> None:
 def test_the_driver_understands_what_submit_was_told(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = FakeClient(logs=STARTED)
+    client = FakeClient(logs=BEGUN)
     reached(monkeypatch, client)
     monkeypatch.chdir(tmp_path)
     small.write_task(tmp_path)
@@ -387,6 +417,36 @@ def test_the_driver_understands_what_submit_was_told(
     assert {name: told[name] for name in GIVEN} == {name: wanted[name] for name in GIVEN}
     nothing = understood("run", ["study.toml"])
     assert all(told[name] != nothing[name] for name in GIVEN), "the words say something"
+
+
+@pytest.mark.parametrize(
+    ("status", "logs", "code", "says"),
+    [
+        ("RUNNING", BEGUN, 0, "to look at it: "),
+        ("RUNNING", "", 0, "to look at it once it has: "),
+        ("FAILED", "task 'my_task.py': no file data.csv\n", 2, "on the cluster: task 'my_task.py': no file data.csv"),
+    ],
+)
+def test_submit_ends_with_what_is_known_of_the_study(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, logs: str, code: int, says: str
+) -> None:
+    client = FakeClient(logs=logs)
+    submit_job = client.submit_job
+
+    def submitted(**words: Any) -> str:
+        job = submit_job(**words)
+        client.jobs[0].status, client.jobs[0].driver_exit_code = status, code
+        return job
+
+    monkeypatch.setattr(client, "submit_job", submitted)
+    monkeypatch.setitem(wait_until_begun.__kwdefaults__ or {}, "seconds", 0.0)
+    reached(monkeypatch, client)
+    monkeypatch.chdir(tmp_path)
+    small.write_task(tmp_path)
+    (tmp_path / "study.toml").write_text(STUDY)
+    done = shell("submit", "study.toml", *SENSIBLE)
+    assert done.code == code
+    assert done.err.splitlines()[-1].startswith(says)
 
 
 @pytest.mark.parametrize(("token", "stop"), [(False, "ray job stop"), (True, "RAY_AUTH_MODE=token ray job stop")])
@@ -414,7 +474,7 @@ def test_leaving_a_job_that_is_followed_leaves_it_running(
 def test_joining_with_other_words_says_that_they_are_not_heard(
     shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client = FakeClient(logs=STARTED)
+    client = FakeClient(logs=BEGUN)
     reached(monkeypatch, client)
     monkeypatch.chdir(tmp_path)
     small.write_task(tmp_path)
@@ -504,6 +564,20 @@ def test_a_missing_token_and_a_wrong_one_are_told_apart(
     with pytest.raises(InputError, match="does not accept this token") as error:
         connect(address_of(server))
     assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "ein-schlüssel", "with a blank", "bell\a", "\udcff"])
+@pytest.mark.parametrize("place", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
+def test_what_no_token_can_be_is_said_by_the_name_of_its_variable(
+    server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, text: str
+) -> None:
+    server.answers = guarded
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    (tmp_path / "token").write_text(text, errors="surrogateescape")
+    monkeypatch.setenv(place, text if place == "RAY_AUTH_TOKEN" else str(tmp_path / "token"))
+    with pytest.raises(InputError, match=f"^{place}.*one line of plain ASCII") as error:
+        connect(address_of(server))
+    assert "\n" not in str(error.value) and text not in str(error.value)
 
 
 @pytest.mark.parametrize("place", ["environment", "path", "home"])
@@ -646,6 +720,49 @@ def test_a_study_is_submitted_with_a_token_and_refused_without(tmp_path: Path) -
         assert {("auth", "ok"), ("store", "ok"), ("versions", "ok"), ("clock", "ok"), ("gpu", "ok")} <= found
     stood = json.loads(orchardist("status", "small", "--store", str(store), "--format", "json", cwd=place).stdout)
     assert stood["trials"]["done"] == 10
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_job_outlives_raylets_that_join_on_its_machine_and_lay_its_files_anew(tmp_path: Path) -> None:
+    place, store = tmp_path / "place", tmp_path / "store"
+    place.mkdir()
+    write_study(place)
+    # At each batch the task looks for a file beside it, and for the folder that it works in.
+    looks = "assert Path.cwd().exists() and Path(__file__).with_name('data.csv').exists()"
+    slow = (place / "slow_task.py").read_text().replace("0.05", "0.3")
+    (place / "slow_task.py").write_text(slow.replace("        if not", f"        {looks}\n        if not"))
+    (place / "data.csv").write_text("1\n")
+    with nodes(tmp_path, dashboard=True) as cluster:
+        cluster.head()
+        cluster.worker("first")
+        until(lambda: "Ray runtime started" in (tmp_path / "node-1.log").read_text(), 90, "there is a worker")
+        words = ("submit", "study.toml", "--address", cluster.dashboard, "--store", str(store), "--include", "data.csv")
+        sent = orchardist(*words, cwd=place, RAY_AUTH_TOKEN=TOKEN)
+        assert sent.returncode == 0, sent.stdout + sent.stderr
+        until(lambda: any((store / "states").rglob("*.safetensors")), 180, "the study is under way")
+        cluster.worker("late")
+        until(lambda: "Ray runtime started" in (tmp_path / "node-2.log").read_text(), 90, "there is another")
+        until(lambda: workers_of(store) == 2, 180, "both work")
+        kill_driver(store)
+        (place / "fast").touch()
+        done = orchardist(*words, "--follow", cwd=place, RAY_AUTH_TOKEN=TOKEN)
+        assert done.returncode == 0, done.stdout + done.stderr
+        examined = orchardist(
+            *("doctor", "--address", cluster.dashboard, "--store", str(store), "--format", "json"),
+            cwd=place,
+            RAY_AUTH_TOKEN=TOKEN,
+        )
+        assert examined.returncode == 0, examined.stdout + examined.stderr
+        found = [row["what"] for row in json.loads(examined.stdout) if row["state"] == "ok"]
+        assert found.count("versions") == 3
+    status = json.loads(orchardist("status", "small", "--store", str(store), "--format", "json", cwd=place).stdout)
+    assert (status["trials"]["done"], status["trials"]["failed"], status["retries"]["worker died"]) == (10, 0, 0)
+
+
+def workers_of(store: Path) -> int:
+    """How many workers of this driver left a note in the store."""
+    return sum("." in path.name for path in (store / "handshake").iterdir()) if (store / "handshake").exists() else 0
 
 
 def jobs_of(dashboard: str) -> list[dict[str, Any]]:

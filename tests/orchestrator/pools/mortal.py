@@ -48,7 +48,7 @@ def task(folder: str = "") -> Task:
             return
         trouble.unlink()
         if what == "interrupt":
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "terminate":

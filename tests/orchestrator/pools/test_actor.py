@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.interrupts import STOPS
 from orchestrator.pools import actor
 from orchestrator.pools.actor import Actor
 
@@ -56,10 +57,11 @@ def drained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(state, "get_draining_nodes", look)
     monkeypatch.setattr(actor, "_place", lambda: ("here", ""))
     monkeypatch.setattr(actor, "NOTICE_SECONDS", 0.005)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in STOPS}
     yield found
     found[:] = [{"here": 0}]  # which ends every watch
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_worker_sees_by_itself_that_its_node_is_to_go(drained: list[Any]) -> None:
@@ -85,10 +87,11 @@ def test_the_worker_at_hand_is_told_not_the_one_that_was_there_first(drained: li
     assert second.asked.wait(10) and not first.asked.is_set()
 
 
-def test_who_is_told_to_end_leaves_and_raises_nothing(drained: list[Any]) -> None:
+@pytest.mark.parametrize("stop", STOPS)
+def test_who_is_told_to_end_leaves_and_raises_nothing(stop: signal.Signals, drained: list[Any]) -> None:
     drained += [{}]
     ours, worker = Actor(0, 0), Leaving()
     ours.worker = worker  # type: ignore[assignment]
     ours._begin_watch()
-    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(stop)
     assert worker.asked.is_set() and ours.drained

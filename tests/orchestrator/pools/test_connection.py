@@ -30,6 +30,9 @@ class Startable(FakeRay):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._private.worker = SimpleNamespace()
+        self._private.utils = SimpleNamespace(
+            set_sigterm_handler=lambda handler: signal.signal(signal.SIGTERM, handler)
+        )
         self.said: list[str] = []
 
     def is_initialized(self) -> bool:
@@ -103,7 +106,7 @@ def interrupted(ray: Startable, times: int) -> list[str]:
         for _ in range(times):
             signal.raise_signal(signal.SIGINT)
         said.append("whole")
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ray._private.utils.set_sigterm_handler(signal.SIG_IGN)
 
     ray.init = init  # type: ignore[method-assign]
     signals = signal.SIGINT, signal.SIGTERM
@@ -122,8 +125,43 @@ def test_one_interrupt_waits_until_ray_has_started_so_that_it_can_be_ended(ray: 
     assert ray.said[-1] == "shutdown"
 
 
-def test_who_presses_twice_does_not_wait(ray: Startable) -> None:
-    assert interrupted(ray, 2) == ["interrupted"]
+def test_who_presses_a_third_time_does_not_wait(ray: Startable) -> None:
+    assert interrupted(ray, 2) == ["whole", "interrupted"]
+    assert interrupted(ray, 3) == ["interrupted"]
+
+
+def test_while_ray_starts_sigterm_stays_ours_and_waits(ray: Startable) -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    theirs = ray._private.utils.set_sigterm_handler
+
+    def init(**options: Any) -> None:
+        ray._private.utils.set_sigterm_handler(lambda *_: came.append(0))
+        signal.raise_signal(signal.SIGTERM)
+        assert not came
+
+    ray.init = init  # type: ignore[method-assign]
+    try:
+        pools.RayPool(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM]
+    assert ray._private.utils.set_sigterm_handler is theirs
+
+
+def test_an_interrupt_in_the_end_waits_until_ray_is_down(ray: Startable) -> None:
+    pool = pools.RayPool(1)
+    pool.prepare(job())
+    down = ray.shutdown
+
+    def shutdown() -> None:
+        signal.raise_signal(signal.SIGINT)
+        down()
+
+    ray.shutdown = shutdown  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        pool.close()
+    assert not ray.up
 
 
 def test_off_the_main_thread_signals_are_left_alone(ray: Startable) -> None:

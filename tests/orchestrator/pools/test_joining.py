@@ -35,6 +35,7 @@ class FakeRay(SimpleNamespace):
             exceptions=SimpleNamespace(AuthenticationError=RefusedError, RpcError=NoAnswerError),
             _raylet=SimpleNamespace(GcsClient=ask),
             init=lambda address, **_: self.joined.append(address),
+            _private=SimpleNamespace(utils=SimpleNamespace(set_sigterm_handler=None)),
         )
 
 

@@ -19,7 +19,7 @@ def scraped(until: str) -> str:
     """The page of metrics of this node, once `until` is on it."""
     import ray
 
-    port = ray.nodes()[0]["MetricsExportPort"]
+    port = ray.nodes()[0]["MetricsExportPort"]  # type: ignore[no-untyped-call]
     deadline = time.monotonic() + 60
     page = ""
     while until not in page and time.monotonic() < deadline:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.graph import Segment, Step
 from orchestrator.ops import Gather, Recipe, Train
 from orchestrator.pools.protocol import Failed
-from orchestrator.pools.retries import MOST_TRIES, Retries, Verdict
+from orchestrator.pools.retries import MOST_TRIES, MOST_TRIES_EVER, TRIES_FOR_A_BYSTANDER, Retries, Verdict
 
 
 def training(key: str = "a", batch_size: int = 16, task: str = "") -> Step:
@@ -38,6 +39,18 @@ def test_a_stage_that_kills_its_workers_is_given_up() -> None:
 def test_every_stage_has_its_own_count() -> None:
     retries = Retries(0.0)
     assert all(verdict.again for key in "abcdefgh" for verdict in deaths(retries, MOST_TRIES - 1, key))
+
+
+def test_where_workers_die_that_are_at_nothing_a_stage_is_tried_more_often_and_not_for_ever() -> None:
+    retries = Retries(0.0)
+    death = failed("worker died")
+    verdicts = [retries.judge(segment(training()), replace(death, bystanders=min(n, 3))) for n in range(15)]
+    most = MOST_TRIES + 3 * TRIES_FOR_A_BYSTANDER
+    assert [verdict.again for verdict in verdicts] == [n < most for n in range(1, 16)]
+    assert not retries.judge(segment(training()), replace(death, bystanders=3)).again
+    again = Retries(0.0)
+    tries = [again.judge(segment(training()), replace(death, bystanders=n)).again for n in range(MOST_TRIES_EVER)]
+    assert all(tries[:-1]) and not tries[-1]
 
 
 def test_one_that_gets_further_each_time_goes_on() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from orchestrator.errors import InputError, WorkersUnusable
+from orchestrator.errors import InputError, WorkersDied, WorkersUnusable
 from orchestrator.graph import Segment, Step
 from orchestrator.ops import Init
 from orchestrator.pools import ray as pools
@@ -187,6 +188,9 @@ class Clock:
     def monotonic(self) -> float:
         self.now += 0.1
         return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 @pytest.fixture
@@ -394,7 +398,30 @@ def stillborn(self: Actor, job: Any) -> Ref:
     return self.answer
 
 
-def test_workers_that_die_before_they_are_ready_end_the_run(
+def test_workers_that_are_killed_while_they_start_are_asked_for_again_with_growing_pauses(
+    ray: FakeRay, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = prepared(ray, workers=3)
+    ray.cores["second"] = 5
+    for number in range(9):
+        pool.submit(segment(number))
+    with monkeypatch.context() as killing:
+        killing.setattr(Actor, "born", Actor._prepare, raising=False)
+        killing.setattr(Actor, "_prepare", stillborn)
+        asked: list[int] = []
+        for _ in range(300):
+            look(pool, clock, 1.0)
+            asked.append(len(ray.actors))
+    waited = [later - sooner for sooner, later in pairwise(n for n in range(1, 300) if asked[n] > asked[n - 1])]
+    assert waited == sorted(waited) and len(waited) > 15 and waited[-1] >= staff.LONGEST_PAUSE_SECONDS / 2
+    assert "a worker died before it was ready, another is asked for: The actor is dead." in caplog.messages
+    for _ in range(20):
+        look(pool, clock, 1.0)
+    assert len(ray.living()) == 3, "once nobody kills them they are there"
+    assert pool._staff._pause == staff.FIRST_PAUSE_SECONDS
+
+
+def test_where_they_die_for_ever_the_run_ends_and_the_input_is_not_blamed(
     ray: FakeRay, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = prepared(ray, workers=3)
@@ -403,9 +430,28 @@ def test_workers_that_die_before_they_are_ready_end_the_run(
         pool.submit(segment(number))
     monkeypatch.setattr(Actor, "born", Actor._prepare, raising=False)
     monkeypatch.setattr(Actor, "_prepare", stillborn)
-    with pytest.raises(WorkersUnusable, match=r"^a worker died before it was ready: The actor is dead\.$"):
-        for _ in range(staff.MOST_STILLBORN + 1):
-            look(pool, clock)
+    began = clock.now
+    with pytest.raises(WorkersDied, match=r"^for 10 minutes every worker has died before it was ready; the last: The "):
+        for _ in range(1000):
+            look(pool, clock, 1.0)
+    assert clock.now > began + staff.IN_VAIN_SECONDS
+
+
+def test_a_worker_that_cannot_even_begin_ends_the_run_at_once(
+    ray: FakeRay, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unbegun(Died):
+        actor_init_failed = True
+
+    def unbegun(self: Actor, job: Any) -> Ref:
+        self.answer.raises = Unbegun("The actor died because of an error raised in its creation task.")
+        return self.answer
+
+    monkeypatch.setattr(Actor, "_prepare", unbegun)
+    ray.cores["first"] = 3
+    pool = pools.RayPool(3, address="auto")
+    with pytest.raises(WorkersUnusable, match="^a worker cannot start: The actor died because of an error raised"):
+        pool.prepare(job())
 
 
 def test_workers_that_were_to_start_on_a_node_that_dies_end_nothing(ray: FakeRay, clock: Clock) -> None:
@@ -600,7 +646,7 @@ def test_workers_that_are_taken_away_before_they_are_ready_end_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(Actor, "_prepare", taken_away)
-        for _ in range(staff.MOST_STILLBORN + 3):
+        for _ in range(6):
             look(pool, clock)
     look(pool, clock)
     look(pool, clock)
@@ -616,7 +662,7 @@ def test_a_pool_that_gave_up_on_its_workers_can_be_used_for_another_study(
         patch.setattr(Actor, "born", Actor._prepare, raising=False)
         patch.setattr(Actor, "_prepare", stillborn)
         for _ in range(2):
-            with pytest.raises(WorkersUnusable, match="a worker died before it was ready"):
+            with pytest.raises(WorkersDied, match="every worker has died before it was ready"):
                 pool.prepare(job())
     pool.prepare(job())
     assert len(ray.living()) == 3

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from orchestrator.cli import main
 from orchestrator.errors import StoreError
 from orchestrator.store import Files, Store
-from orchestrator.store.address import address, secrets_of, without_credentials
+from orchestrator.store.address import address, secrets_of, without_credentials, without_secrets
 
 KEY, SECRET = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 """As Amazon's own documentation has them: the secret holds slashes."""
@@ -70,6 +71,15 @@ def test_where_a_url_leads(url: str, kind: str, place: str | None) -> None:
         (f"s3a://{KEY}@bucket/x", "no place for credentials"),
         (f"gs://{KEY}:secret@bucket/x", "no place for credentials"),
         (f"simplecache::s3://{KEY}:{SECRET}@bucket/x", "legal: s3://bucket/x"),
+        (f"s3://{KEY}:{quote(SECRET, safe='')}%40x@bucket/x", "legal: s3://bucket/x, "),
+        (f"s3://{KEY}:{quote(SECRET, safe='')}%40bucket/x", "legal: s3://bucket/x, "),
+        (f"s3://{KEY}:a@b,c'{SECRET}@bucket/x", "legal: s3://bucket/x, "),
+        (f"s3://{KEY}:{SECRET}", r"store s3://\*\*\*: .*; legal: s3://bucket/folder, "),
+        *(
+            (f"s3://bucket/x{begin}{name}={SECRET}", "no place for credentials; legal: s3://bucket/x")
+            for begin in ("?", "#", "?a=1&")
+            for name in ("secret", "sig", "key", "X-Amz-Signature", "pwd", "token")
+        ),
     ],
 )
 def test_what_is_refused_says_what_would_be_legal_and_no_secret(url: str, why: str) -> None:
@@ -89,6 +99,21 @@ def test_no_password_is_ever_shown(scheme: str, password: str, host: str) -> Non
     assert without_credentials(url) == f"{scheme}://{host}/x"
     assert without_credentials(f'see "{url}", or {url}') == f'see "{scheme}://{host}/x", or {scheme}://{host}/x'
     assert password in secrets_of(url)
+
+
+def test_a_text_of_somebody_else_shows_no_secret() -> None:
+    environ = {
+        "DATABASE_URL": "postgres://bob:DBPASS99@db/x",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "MYSQL_PWD": "hunter2hunter2",
+        "PWD": "/work/here",
+        "HOME": "/root",
+    }
+    text = f"""cannot connect to postgres://bob:DBPASS99@db/x with DBPASS99, {SECRET} or {quote(SECRET, safe="")};
+    hunter2hunter2 in /work/here of /root: http://h:1/b/x%3Fa%3D1%26X-Amz-Signature%3Dabc%26v%3D2/y and http://h?pwd=abc"""
+    expected = """cannot connect to postgres://db/x with ***, *** or ***;
+    *** in /work/here of /root: http://h:1/b/x%3Fa%3D1%26X-Amz-Signature%3D***%26v%3D2/y and http://h?pwd=***"""
+    assert without_secrets(text, environ) == expected
 
 
 @pytest.mark.parametrize(

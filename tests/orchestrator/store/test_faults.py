@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from orchestrator import Study
-from orchestrator.errors import StoreError
+from orchestrator.errors import StoreError, StoreFailed
 from orchestrator.pools.local import LocalPool
 from orchestrator.pools.protocol import Event
 from orchestrator.store import Files, Ledger, States, paths
@@ -173,7 +173,7 @@ def test_a_whole_study_through_many_faults(seeds: range, root: Path, undisturbed
             study = Study(small.spec(), server.url, root=root)
             try:
                 standing = study.run(LocalPool())
-            except (StoreError, Killed):
+            except (StoreError, StoreFailed, Killed):
                 server.down = ""
                 continue
             if standing.done == 6:
@@ -192,7 +192,7 @@ def test_a_full_disk_ends_the_run_clearly_and_it_goes_on_from_there(root: Path, 
                 server.down = "finds the disk full"
             return super().completed(timeout_seconds)
 
-    with pytest.raises(StoreError, match="No space left on device; free some room and run it again"):
+    with pytest.raises(StoreFailed, match="No space left on device; free some room and run it again"):
         study.run(Filling())
     server.down = ""
     assert study.run(LocalPool()).done == 6

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -140,6 +141,30 @@ def test_while_the_store_is_away_no_holder_counts_as_dead(tmp_path: Path) -> Non
     files = Away(tmp_path)
     assert acquire(files, "s", host="here", pid=2, boot="b", clock=mine, sleep=mine.sleep).epoch == 2
     assert mine.now >= 15 * 60.0
+
+
+def test_a_holder_here_that_is_stopped_is_watched_like_one_elsewhere(files: Files) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        here = this_process()
+        holder = acquire(files, "s", **(here | {"pid": process.pid}))
+        holder.beat()
+        time_ = Time()
+        watched = Pulse(files, "s", clock=time_)
+        assert watched.look().alive is True
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert watched.look().alive is None
+        assert decided(watched, time_.sleep).alive is False and 15 <= time_.now < 20
+        process.send_signal(signal.SIGCONT)
+        os.waitpid(process.pid, os.WCONTINUED)
+        assert watched.look().alive is True
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        assert acquire(files, "s", **here, clock=time_, sleep=time_.sleep).epoch == 2
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_holder_elsewhere_that_lets_go_is_not_waited_for(files: Files) -> None:

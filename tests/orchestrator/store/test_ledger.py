@@ -391,8 +391,8 @@ def test_a_store_of_before_is_read_and_goes_on(files: Files, epoch: int) -> None
         files.write(path.relative_to(BEFORE).as_posix(), path.read_bytes())
     for kind in COLUMNS:
         assert sorted(trials(files, kind)) == [1, 2, 3, 4]
-    (first, *_) = read_ledger(files, "s", "outcomes", ["trial", "accuracy"]).to_pylist()
-    assert first == {"trial": 1, "accuracy": 0.01}, "a row without measures does not take its place"
+    rows = read_ledger(files, "s", "outcomes", ["trial", "accuracy"]).to_pylist()
+    assert {"trial": 1, "accuracy": 0.01} in rows, "a row without measures does not take its place"
     write(Ledger(files, "s", epoch), 5)
     assert sorted(trials(files)) == [1, 2, 3, 4, 5]
     Ledger(files, "s", epoch).compact()
@@ -796,3 +796,18 @@ def test_a_file_of_another_kind_is_set_aside(files: Files, kind: str, caplog: py
         with caplog.at_level(logging.WARNING, "orchardist.store"):
             assert trials(files, kind) == []
         assert f"it holds no {kind}" in caplog.text
+
+
+@pytest.mark.parametrize("kind", list(COLUMNS))
+def test_a_link_that_leads_nowhere_is_set_aside(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    files = Files(tmp_path)
+    ledger = Ledger(files, "s", 1)
+    write(ledger, 1)
+    link = tmp_path / LEDGER / f"000001-00000009-{kind}.parquet"
+    link.symlink_to(tmp_path / "nowhere")
+    with caplog.at_level(logging.WARNING, "orchardist.store"):
+        assert trials(files, kind) == [1]
+    assert f"{link.name} in the store" in caplog.text
+    Ledger(files, "s", 2).compact()
+    assert trials(files, kind) == [1] and not link.is_symlink()
+    assert len(files.list(f"set-aside/{LEDGER}")) == 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import pickle
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.errors import TaskError
-from orchestrator.tasks.source import collect, function_source, install, install_function
+from orchestrator.tasks import source as source_module
+from orchestrator.tasks.source import Source, collect, function_source, install, install_function
 
 
 def write(folder: Path, files: Mapping[str, str]) -> Path:
@@ -98,6 +102,28 @@ def test_a_worker_without_the_files_imports_from_the_source(tmp_path: Path) -> N
         module = install(source, root)
         assert module.VALUE == 11
         assert Path(str(module.__file__)).read_text() == source.files["my_task.py"]
+
+
+def test_what_killed_workers_left_is_swept_and_what_is_in_use_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, used, young = (tmp_path / f"orchardist-task-{name}" for name in ("left", "used", "young"))
+    for folder in (left, used, young):
+        folder.mkdir()
+        (folder / "task.py").write_text("x = 1")
+    for folder in (left, used):
+        os.utime(folder, (0, 0))
+    lock = os.open(used, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    (tmp_path / "orchardist-task-link").symlink_to(tmp_path)
+    try:
+        mine = source_module._materialise(Source(name="t.py", module="t", files={"t.py": "y = 1"}, digest="d"))
+        os.utime(mine, (0, 0))
+        source_module._sweep_materialised(tmp_path)
+        assert not left.exists() and used.exists() and young.exists() and (mine / "t.py").exists()
+    finally:
+        os.close(lock)
 
 
 def test_a_worker_with_other_files_does_not_use_them(tmp_path: Path) -> None:
