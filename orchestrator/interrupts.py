@@ -113,22 +113,24 @@ def held() -> Iterator[None]:
 
 @contextmanager
 def noticed(asked: list[int]) -> Iterator[None]:
-    """Within the block every Ctrl-C is noted in `asked`, whatever other people's code makes of its KeyboardInterrupt;
-    one that such code raises by itself is not."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    """Within the block every Ctrl-C and SIGTERM is noted in `asked`, whatever other people's code makes of the
+    KeyboardInterrupt; one that such code raises by itself is not."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    before = {number: handler for number in STOPS if callable(handler := signal.getsignal(number))}
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        before(number, frame)
+        before[number](number, frame)
 
-    signal.signal(signal.SIGINT, note)
+    for number in before:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
 
 
 def _hear_nothing() -> None:

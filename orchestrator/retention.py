@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import history
 from orchestrator.errors import OrchardistError, QueryError, StageFailed, StoreError
+from orchestrator.interrupts import noticed
 from orchestrator.outcome import DENSE_TRIAL
 from orchestrator.store import paths
 from orchestrator.store.checkpoints import Place
@@ -260,7 +261,9 @@ def remake(study: Study, job: Job, row: Mapping[str, Any]) -> bytes:
 
     _LOG.warning("the state %s is no longer in the store; it is made again", row["key"][:12])
     # How long a stage may take in a study says nothing of this machine.
-    worker, graph = Worker(replace(job, timeout_seconds=0), device=row["device"]), Graph()
+    asked: list[int] = []
+    job = replace(job, timeout_seconds=0)
+    worker, graph = Worker(job, device=row["device"], interrupted=lambda: bool(asked)), Graph()
 
     def facts(key: str) -> Facts:
         header = study.store.states.header(key) or {}
@@ -269,7 +272,9 @@ def remake(study: Study, job: Job, row: Mapping[str, Any]) -> bytes:
     graph.add(_plan(study, row, worker.info, {name: source.digest for name, source in job.functions.items()}), facts)
     while not graph.known(row["key"]):
         segment = next(graph.ready())
-        for event in worker.run(segment):
+        with noticed(asked):
+            events = list(worker.run(segment))
+        for event in events:
             if isinstance(event, Failed):
                 raise StageFailed(f"the state {row['key'][:12]} could not be made again: {event.kind}: {event.message}")
             if isinstance(event, Reported):

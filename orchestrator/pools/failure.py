@@ -43,14 +43,18 @@ def kind_of(error: BaseException) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """What an error says; with the name of its kind where that is not one of our own."""
+    """What an error says, in one line; with the name of its kind where that is not one of our own."""
     ours = isinstance(error, StageFailed | StoreError)
-    return _cut(readable(_words(error) if ours else f"{type(error).__name__}: {_words(error)}"), MOST_LETTERS)
+    said = readable(_words(error) if ours else f"{type(error).__name__}: {_words(error)}")
+    return _cut(re.sub(r"\s*\n\s*", " ", said), MOST_LETTERS)
 
 
 def traceback_of(error: BaseException) -> str:
     """Where an error comes from."""
-    text = readable("".join(traceback.format_exception(error)))
+    try:
+        text = readable("".join(traceback.format_exception(error)))
+    except BaseException as trouble:  # the user's own class may answer anything, to be asked for its name, too
+        return f"it cannot be told: {type(trouble).__name__}"
     return "\n".join(_cut(line, LONGEST_LINE) for line in text.splitlines()[-MOST_LINES:])
 
 

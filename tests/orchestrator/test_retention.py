@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from orchestrator.cli import main
 from orchestrator.errors import QueryError, StoreError
 from orchestrator.pools.local import LocalPool
 from orchestrator.pools.protocol import Event, Failed
+from orchestrator.stages import Stages
 from orchestrator.state import from_bytes
 from orchestrator.store import Lease, Ledger, acquire
 from orchestrator.store.files import NoRoom
@@ -164,6 +166,16 @@ def test_what_is_gone_is_made_again_to_the_bit(url: str, root: Path, tmp_path: P
         assert json.loads((folder / "card.json").read_text())["certificate"]["reloaded"] == 0
         data = study.store.states.read(key)
         assert data is not None and small.same_bits(from_bytes(data), before[key])
+
+
+def test_ctrl_c_ends_the_making_again(url: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = run(url, root)
+    keys = there(study)
+    study.sweep()
+    row = next(row for row in study.table().to_pylist() if row["key"] in keys - there(study))
+    monkeypatch.setattr(Stages, "run", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        study.state(row)
 
 
 def test_what_cannot_be_made_again_says_why(url: str, root: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator import Study
+from orchestrator.interrupts import STOPS, heard
 from orchestrator.joblog import lines_to
 from orchestrator.pools.failure import LONGEST_LINE, MOST_LETTERS, MOST_LINES, kind_of, message_of, traceback_of
 from orchestrator.pools.local import LocalPool
@@ -51,7 +52,7 @@ def raised(error: BaseException) -> BaseException:
         (KeyboardInterrupt("of the user"), "KeyboardInterrupt: of the user"),
         (Mute(), "Mute: what it says cannot be read: its __str__ raises Panic"),
         (Picky("one", "two"), "Picky: one"),
-        (RuntimeError("a\0b\ud800\x1b[2J\nc"), "RuntimeError: a\ufffdb\\ud800\ufffd[2J\nc"),
+        (RuntimeError("a\0b\ud800\x1b[2J\n\n  c"), "RuntimeError: a\ufffdb\\ud800\ufffd[2J c"),
     ],
 )
 def test_every_error_has_a_message(error: BaseException, message: str) -> None:
@@ -98,8 +99,8 @@ def come(trouble):
         raise Mute(1, 2)
     if trouble == "long":
         raise RuntimeError("x" * 5_000_000 + chr(0) + chr(0xD800))
-    if trouble == "pressed":
-        os.kill(os.getpid(), signal.SIGINT)
+    if trouble in ("SIGINT", "SIGTERM"):
+        os.kill(os.getpid(), getattr(signal, trouble))
         raise RuntimeError("what the user's code makes of it")
     if trouble == "secret":
         word = os.environ["AWS_SECRET_ACCESS_KEY"]
@@ -167,13 +168,33 @@ def test_on_ray_too(tmp_path: Path, ray_cluster: None) -> None:
         assert_it_fails_and_the_study_goes_on(tmp_path / trouble, trouble, said, lambda: RayPool(1))
 
 
-def test_ctrl_c_stops_the_run_whatever_the_users_code_makes_of_it(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    opened = study(tmp_path, "pressed")
-    with pytest.raises(KeyboardInterrupt):
-        opened.run(LocalPool())
-    assert signal.getsignal(signal.SIGINT) is before
+@pytest.mark.parametrize("stop", STOPS)
+def test_it_stops_the_run_whatever_the_users_code_makes_of_it(stop: signal.Signals, tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in STOPS}
+    opened = study(tmp_path, stop.name)
+    try:
+        with heard(str):
+            heard_by = [signal.getsignal(number) for number in STOPS]
+            with pytest.raises(KeyboardInterrupt):
+                opened.run(LocalPool())
+            assert [signal.getsignal(number) for number in STOPS] == heard_by
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert opened.status()["trials"]["failed"] == 0
+
+
+class Untraceable(Exception):
+    @property
+    def __traceback__(self) -> None:  # type: ignore[override]
+        raise ValueError("not told")
+
+
+def test_an_error_that_tells_nothing_of_itself_has_a_traceback_all_the_same() -> None:
+    nameless = type("Nameless", (Exception,), {"__module__": 5})
+    assert traceback_of(Untraceable("x")) == "it cannot be told: ValueError"
+    for error in (Untraceable("x"), nameless("x")):
+        assert message_of(error).endswith(": x") and traceback_of(error)
 
 
 def test_no_secret_of_the_environment_is_written_anywhere(
