@@ -118,7 +118,9 @@ def noticed(asked: list[int]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: handler for number in STOPS if callable(handler := signal.getsignal(number))}
+    before: dict[int, Callable[[int, FrameType | None], object]] = {
+        number: handler for number in STOPS if callable(handler := signal.getsignal(number))
+    }
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
