@@ -149,8 +149,8 @@ class Driver:
         self._reasons: dict[str, str] = {}
         self._dense: _Trial | None = None
         self._complete: deque[int] = deque()
-        directions = [objective.direction for objective in setting.objectives]
-        self._brackets = past.brackets(self.spec.halving(), directions)
+        self._directions = [objective.direction for objective in setting.objectives]
+        self._brackets = past.brackets(self.spec.halving(), self._directions)
         self._paused: dict[int, _Trial] = {}
         """Trials that wait for the verdict on their bracket."""
         self._proposed: deque[Proposal] = deque()
@@ -192,7 +192,7 @@ class Driver:
         proposer = make(
             self.spec.sampler,
             self.space,
-            [objective.direction for objective in self.setting.objectives],
+            self._directions,
             seed=self.spec.sampler_seed,
             enqueued=[*self.spec.points(), *self.setting.warm.points],
             history=self.past.told(),

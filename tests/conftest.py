@@ -14,6 +14,7 @@ os.environ.pop("ORCHARDIST_STORE", None)
 
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -31,6 +32,20 @@ def ray_cluster() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small task."""
+    from tests.orchestrator.pools import small
+
+    return small.write_task(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture
+def memory() -> str:
+    """The URL of a store of its own."""
+    return f"memory://{uuid4().hex}"
 
 
 @pytest.fixture

@@ -22,16 +22,6 @@ SPACE = {**small.SPACE, "rounds": {"low": 2, "high": 3}}
 FIELDS: Mapping[str, Any] = {"trials": 12, "space": SPACE, "stopping": HALVING}
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_task(tmp_path_factory.mktemp("root"))
-
-
-@pytest.fixture
-def memory() -> str:
-    return f"memory://{uuid4().hex}"
-
-
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, "orchardist")

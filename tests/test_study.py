@@ -48,17 +48,6 @@ class Counting(LocalPool):
         return events
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the small task."""
-    return small.write_task(tmp_path_factory.mktemp("root"))
-
-
-@pytest.fixture
-def memory() -> str:
-    return f"memory://{uuid4().hex}"
-
-
 @pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, "orchardist")

@@ -10,7 +10,6 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 import torch
@@ -37,16 +36,6 @@ RIVALS = [kind for kind in CONTROLS if kind != "sibling"]
 LAYER_BY_LAYER = [kind for kind in RIVALS if not kind.startswith("dense") and kind != "random"]
 IMP = {"criterion": "magnitude", "scope": "layer", "rate": 0.3, "rounds": 2, "retrain": "rewind"}
 CONSENSUS = IMP | {"searches": 3, "rule": "union"}
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_task(tmp_path_factory.mktemp("root"))
-
-
-@pytest.fixture
-def memory() -> str:
-    return f"memory://{uuid4().hex}"
 
 
 @pytest.fixture(autouse=True)

@@ -320,9 +320,10 @@ def _search(record: _Record) -> Element | None:
     tips = [_trial_tip(record, trial) for trial in trials]
     left_out = f" {', '.join(varied[len(shown_names) :])}: not drawn." if len(varied) > len(shown_names) else ""
     text = (
-        f"Each line is one of {len(trials):,} trials, at its last round. By {_label(first.column)}: the best third is "
-        "blue, the worst orange, the rest grey; trials of the front are thick. Drag along an axis to see the trials in "
-        f"a range only; double-click the axis to see all.{left_out}"
+        f"Each line is one of {len(trials):,} trials that are done, at its last round. By "
+        f"{_label(first.column)}: the best third is blue, the worst orange, the rest grey; trials of the front are "
+        "thick. Drag along an axis to see the trials in a range only; "
+        f"double-click the axis to see all.{left_out}"
     )
     chart = scrolled(parallel(columns, styles, fronts, tips), "chart")
     count = element("p", class_="note count", aria_live="polite")

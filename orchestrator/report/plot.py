@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator import history
 from orchestrator.errors import InputError
 from orchestrator.front import Front, Points, read_points
 from orchestrator.objectives import OBJECTIVES, Objective
@@ -203,7 +204,8 @@ def _columns(labels: Sequence[str]) -> int:
 
 def _title(study: Study, found: Front, points: Points) -> str:
     # Not the trials among the points: one that another trial passed through is recorded under that one.
-    trials, seeds = study.status()["trials"]["done"], len(study.spec.seeds)
+    endings = history.read(study.store, study.spec.name).endings.values()
+    trials, seeds = sum(ending.state != "failed" for ending in endings), len(study.spec.seeds)
     on_it = f"{len(found.points):,} on the front"
     if len(found.objectives) > 2:
         on_it += f" of {', '.join(objective.name for objective in found.objectives)}"
