@@ -109,11 +109,6 @@ class Plan:
         return steps
 
     @property
-    def steps(self) -> int:
-        """Those in the study's own task."""
-        return self.steps_by_task[""]
-
-    @property
     def epochs(self) -> float:
         """Epochs of training that the trial would take on its own, in all tasks."""
         return sum(steps / self.steps_per_epoch[task] for task, steps in self.steps_by_task.items())

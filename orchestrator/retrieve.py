@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from orchestrator import history
 from orchestrator.errors import InputError, QueryError, TaskError, UnknownName
 from orchestrator.export import CSR, FORMATS, LINEAGE, SEMI, SHRUNK, ExportRefused, artefact
 from orchestrator.export.card import card_of, claim, enter_files, explained, in_words
@@ -218,7 +219,8 @@ def _remove_earlier(folder: Path, files: Mapping[str, bytes]) -> None:
 def _choose(study: Study, where: Sequence[str], minimise: str | None) -> str:
     found = study.front(where, minimise)
     if not found.points or found.knee is None:
-        if study.spec.constraints and study.status()["trials"]["done"]:
+        endings = history.read(study.store, study.spec.name).endings.values()
+        if study.spec.constraints and any(ending.state != "failed" for ending in endings):
             bounds = " and ".join(f"{measure} {bound}" for measure, bound in study.spec.constraints.items())
             raise QueryError(f"no point of the study {study.spec.name!r} keeps its constraints: {bounds}")
         raise QueryError(f"the study {study.spec.name!r} has no finished trial yet")

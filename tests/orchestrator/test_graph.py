@@ -82,7 +82,7 @@ def test_the_drawing_of_the_design() -> None:
     ]
     assert [step.evaluated for step in segment.steps if step.stored] == [False, True, True, True]
     assert [step.resumable for step in segment.steps if step.stored] == [True, False, False, False]
-    assert segment.cost == plan.steps == 280
+    assert segment.cost == plan.steps_by_task[""] == 280
     assert segment.base == frozenset()
 
 
@@ -421,7 +421,7 @@ class World:
         self.failed: set[str] = set()
         self.measured: list[str] = []
         self.trained = 0
-        self.asked = sum(plan.steps for plan in plans)
+        self.asked = sum(plan.steps_by_task[""] for plan in plans)
         for node in {node.key: node for plan in plans for node in plan.nodes if node.stored}.values():
             if draw.random() < lost:
                 there = draw.random() < 0.5
@@ -569,7 +569,7 @@ def test_anything_in_any_order(
 @settings(max_examples=60, deadline=None)
 @given(trials=st.lists(TRIALS, min_size=1, max_size=8), salt=st.integers(0, 10**6))
 def test_plans_that_are_known_together_train_nothing_twice(trials: list[dict[str, Any]], salt: int) -> None:
-    plans = [plan for plan in plans_of(trials, [0]) if plan.steps]
+    plans = [plan for plan in plans_of(trials, [0]) if plan.steps_by_task[""]]
     graph = Graph()
     for plan in plans:
         graph.add(plan, nothing)

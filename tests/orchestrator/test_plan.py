@@ -128,7 +128,7 @@ def told(plan: Plan) -> list[str]:
 def test_retraining(params: dict[str, Any], lines: list[str], steps: int) -> None:
     plan = trial(rounds=2, **params)
     assert told(plan) == lines
-    assert plan.steps == steps
+    assert plan.steps_by_task[""] == steps
     assert [number for number, _ in plan.points] == [1, 2]
     evaluated = [node.key for node in plan.nodes if node.evaluated]
     assert [key for _, key in plan.points] == evaluated[1:]
@@ -137,7 +137,7 @@ def test_retraining(params: dict[str, Any], lines: list[str], steps: int) -> Non
 def test_pruning_before_training() -> None:
     plan = trial(phase="before", rounds=2)
     assert told(plan) == ["init()", "prune(0)", "prune(1)", "train 0-100(2)*"]
-    assert plan.steps == 100 and [number for number, _ in plan.points] == [2]
+    assert plan.steps_by_task[""] == 100 and [number for number, _ in plan.points] == [2]
 
 
 def test_pruning_during_training_keeps_the_optimizer() -> None:
@@ -146,7 +146,7 @@ def test_pruning_during_training_keeps_the_optimizer() -> None:
         *["init()", "train 0-20 resumable(0)+", "prune(1)", "train 20-50 resumable(2)", "prune(3)"],
         *["train 50-80 resumable(4)", "prune(5)", "train 80-100(6)*"],
     ]
-    assert plan.steps == 100 and [number for number, _ in plan.points] == [3]
+    assert plan.steps_by_task[""] == 100 and [number for number, _ in plan.points] == [3]
 
 
 def test_pruning_during_training_goes_from_a_quarter_to_three_quarters() -> None:
@@ -167,7 +167,7 @@ def test_a_model_that_comes_trained() -> None:
 def test_dense_training_with_cuts() -> None:
     plan = dense_plan(TRAIN, 3, INFO, cuts=(2, 0, 1, 10, 12))
     assert told(plan) == ["init'()", "train 0-10 resumable(0)+", "train 0-20 resumable(0)+", "train 0-100(0)*"]
-    assert plan.steps == 100 and [number for number, _ in plan.points] == [0]
+    assert plan.steps_by_task[""] == 100 and [number for number, _ in plan.points] == [0]
 
 
 def test_a_rewind_point_in_steps_is_the_same_as_in_epochs() -> None:

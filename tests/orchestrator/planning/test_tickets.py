@@ -129,8 +129,8 @@ def test_one_search_is_as_deep_as_it_has_rounds() -> None:
 
 
 def test_the_steps_of_a_trial_count_every_search() -> None:
-    assert trial(searches=3, rounds=2).steps == (3 * 2 + 1) * 100
-    assert trial(rounds=2).steps == 300
+    assert trial(searches=3, rounds=2).steps_by_task[""] == (3 * 2 + 1) * 100
+    assert trial(rounds=2).steps_by_task[""] == 300
 
 
 def test_rewinding_late_all_start_from_the_ancestor_with_its_optimizer() -> None:
